@@ -1,0 +1,31 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastblocks/__init__.py").read_text(), re.MULTILINE)[1]
+
+BENCH = ["rich>=13", "matplotlib>=3.8", "soundfile>=0.12"]
+TEST = [*BENCH, "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "librosa>=0.10", "ruff>=0.6"]
+
+setup(
+    name="fastblocks-audio",  # `fastblocks` is another project's distribution name
+    version=VERSION,
+    description="Drop-in building blocks of neural audio models, with fused Triton kernels",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[
+        "fastblocks",
+        "fastblocks.generator",
+        "fastblocks.discriminator",
+        "fastblocks.eager",
+        "fastblocks.kernels",
+    ],
+    # A top-level package called `kernels` would overwrite Hugging Face's package of that name.
+    package_dir={"fastblocks.kernels": "kernels"},
+    install_requires=["torch>=2.8", "numpy", 'triton>=3.4; platform_system == "Linux"'],
+    extras_require={"bench": BENCH, "test": TEST},
+)
