@@ -1,0 +1,30 @@
+"""How results are held against a float64 reference: one rule, one table."""
+
+import torch
+from torch import Tensor
+
+# A result that is stored in a dtype is rounded once whatever computed it: half a unit in the last place.
+ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+FACTOR = 1.5  # a kernel may be this much worse than eager PyTorch in the same dtype
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """‖got − want‖ / ‖want‖ in float64; NaN and Inf in `got` give NaN or Inf, which no bound admits."""
+    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    assert got.shape == want.shape, f"shapes differ: {tuple(got.shape)} and {tuple(want.shape)}"
+    scale = want.norm()
+    return float((got - want).norm() / scale) if scale > 0 else float((got - want).norm())
+
+
+def assert_as_exact(got: Tensor, eager: Tensor, reference: Tensor, what: str = "result") -> None:
+    """`got` is within FACTOR of eager's own error against the float64 reference, in eager's dtype."""
+    assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, eager gives {eager.dtype}"
+    error, allowed = relative_error(got, reference), FACTOR * relative_error(eager, reference) + ROUNDING[eager.dtype]
+    assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_close(got: Tensor, reference: Tensor, terms: int = 1, what: str = "result") -> None:
+    """`got` is as close to the float64 reference as sums of `terms` products in its dtype are: √terms roundings,
+    times 8 for the few that follow one another."""
+    error, allowed = relative_error(got, reference), 8 * ROUNDING[got.dtype] * max(1, terms) ** 0.5
+    assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
