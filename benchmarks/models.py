@@ -4,6 +4,7 @@ Both kits give a model the same state_dict. All models work alike: STFT, band sp
 band join to a complex mask, mask times the mixture's spectrum, inverse STFT.
 """
 
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -126,7 +127,7 @@ class MelUNet(MaskModel):
     def __init__(self, kit, channels=32, stages=4, *, blocks=1, kernel_size=7, **spectrum):
         super().__init__(kit, channels, **spectrum)
         widths = [channels * 2**stage for stage in range(stages)]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
 
         def stage(width):
             return nn.Sequential(*(kit.ConvNeXt2DBlock(kernel_size, 1, width, width) for _ in range(blocks)))
