@@ -137,7 +137,7 @@ def loop(training: Training, out: Path, options: argparse.Namespace, console: Co
     deadline = time.monotonic() + 60 * (options.minutes or float("inf"))
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn() if not options.minutes else TextColumn("step {task.fields[step]}"),
         TextColumn("{task.fields[losses]}"),
         TimeRemainingColumn(),
@@ -177,6 +177,8 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     options = parse(arguments)
     console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not errors.is_terminal:
+        errors.width = max(errors.width, 160)
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

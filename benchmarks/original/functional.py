@@ -5,9 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 where x is: the reference of every error is this code in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """(…, C) -> (…, C)."""
-    return (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * scale
+    return (wide(x) * torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)).type_as(x) * scale
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -29,7 +34,7 @@ def rope_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate the interleaved channel pairs of x (B, H, T, D) by the angles of rope (T, D/2, 2)."""
-    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    pairs = wide(x).reshape(*x.shape[:-1], -1, 2)
     cos, sin = rope[..., 0], rope[..., 1]
     rotated = torch.stack(
         [pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 1] * cos + pairs[..., 0] * sin], dim=-1

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.original.functional import wide
+
 
 class Fourier(nn.Module):
     """Short-time Fourier transform with a hann window, centred, reflect-padded."""
@@ -16,14 +18,14 @@ class Fourier(nn.Module):
     def stft(self, waveform: Tensor) -> Tensor:
         """(B, T) -> (B, F, frames, 2)."""
         spectrum = torch.stft(
-            waveform.float(), self.n_fft, self.hop_length, window=self.window.float(), return_complex=True
+            wide(waveform), self.n_fft, self.hop_length, window=wide(self.window), return_complex=True
         )
         return torch.view_as_real(spectrum)
 
     def istft(self, sp: Tensor, original_length: int) -> Tensor:
         """(B, F, frames, 2) -> (B, T)."""
-        spectrum = torch.view_as_complex(sp.float().contiguous())
-        return torch.istft(spectrum, self.n_fft, self.hop_length, window=self.window.float(), length=original_length)
+        spectrum = torch.view_as_complex(wide(sp).contiguous())
+        return torch.istft(spectrum, self.n_fft, self.hop_length, window=wide(self.window), length=original_length)
 
 
 def mel_filterbanks(sr: int, n_fft: int, bands_num: int) -> np.ndarray:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.original.discriminator._layers import NormConv, activations, run_all, spectrogram
+from benchmarks.original.functional import wide
 
 
 class FrequencyDiscriminator(nn.Module):
@@ -33,6 +34,6 @@ class MultiFrequencyDiscriminator(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-        energy = x.float().pow(2).sum((1, 2), keepdim=True)
+        energy = wide(x).pow(2).sum((1, 2), keepdim=True)
         x = (x / torch.sqrt(energy + torch.finfo(torch.float32).eps)).type_as(x)
         return run_all(self.discriminators, x)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.original.functional import wide
+
 SLOPE = 0.2
 
 
@@ -30,8 +32,8 @@ def activations(layers: nn.ModuleList, x: Tensor) -> list[Tensor]:
 def spectrogram(x: Tensor, n_fft: int, hop: int) -> Tensor:
     """(B, nch, T) -> (B, 2·nch, frames, bins), the channels being L.re, L.im, R.re, R.im."""
     batch, channels, length = x.shape
-    window = torch.hann_window(n_fft, device=x.device)
-    flat = x.float().reshape(batch * channels, length)
+    flat = wide(x).reshape(batch * channels, length)
+    window = torch.hann_window(n_fft, dtype=flat.dtype, device=x.device)
     spectrum = torch.stft(flat, n_fft, hop, window=window, return_complex=True)
     parts = torch.view_as_real(spectrum)  # (B·nch, bins, frames, 2)
     parts = parts.permute(0, 3, 2, 1).reshape(batch, 2 * channels, parts.shape[2], parts.shape[1])
