@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import csv
 import os
-import pickle
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from benchmarks.kits import describe_device, get_kit
 from benchmarks.pictures import draw_spectrograms
 from benchmarks.training import COLUMNS, DISCRIMINATORS, SMALL, Settings, Training
 
-DEFAULT_STEPS = 120
+DEFAULT_STEPS = 200
 JUDGE_EVERY = 20  # steps between two judgements of the held-out seconds
 DEFAULTS = Settings(target=str(AUDIO / "guitar.wav"), other=str(AUDIO / "tabla.wav"))
 
@@ -55,8 +54,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def read_checkpoint(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as problem:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {problem}") from problem
+    except Exception as problem:  # the unpickler raises whatever it stumbles over
+        raise ValueError(f"{path} cannot be read as a checkpoint: {type(problem).__name__}: {problem}") from problem
 
 
 def prepare(options: argparse.Namespace, device: torch.device) -> tuple[Training, Path]:
