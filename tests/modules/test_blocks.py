@@ -65,7 +65,7 @@ def test_double_backward_in_float32(case: Case):
     x = case.input()
     penalties = []
     for dtype in (torch.float32, torch.float64):
-        twin, leaf = copy.deepcopy(module).to(dtype), x.to(dtype).requires_grad_()
+        twin, leaf = copy.deepcopy(module).to(dtype), x.detach().clone().to(dtype).requires_grad_()
         (slope,) = torch.autograd.grad(case.call(twin)(leaf).square().sum(), leaf, create_graph=True)
         slope.square().mean().backward()
         penalties.append([leaf.grad, *(p.grad for p in twin.parameters() if p.grad is not None)])

@@ -41,10 +41,9 @@ def rotate(x: Tensor, base: float) -> Tensor:
 
 def sees(length: int, registers: int, window: int) -> Tensor:
     """(R + T, R + T): who (row) sees whom (column); registers stand first."""
+    tokens = [[window == -1 or abs(s - t) <= window // 2 for t in range(length)] for s in range(length)]
     mask = torch.ones(registers + length, registers + length, dtype=torch.bool)
-    if window != -1:
-        for s, t in itertools.product(range(length), range(length)):
-            mask[registers + s, registers + t] = abs(s - t) <= window // 2
+    mask[registers:, registers:] = torch.tensor(tokens)
     return mask
 
 
