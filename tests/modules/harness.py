@@ -81,8 +81,14 @@ def check(module: nn.Module, reference: Callable, *inputs: Tensor, terms: int, c
             assert_close(value, want[what], terms, what)
 
 
-def check_low_precision(module: nn.Module, reference: Callable, *inputs: Tensor, dtype: torch.dtype, call=None) -> None:
-    """The module's error against float64 is at most FACTOR times that of the plain formulas computed in `dtype`."""
+def check_low_precision(
+    module: nn.Module, reference: Callable, *inputs: Tensor, dtype: torch.dtype, call=None, layers: int = 0
+) -> None:
+    """The module's error against float64 is at most FACTOR times that of the plain formulas computed in `dtype`.
+
+    layers: convolutions with spectral norm in a row. The roundings of a layer's weight, its norm, the quotient and the
+    output hit all of its elements alike, in the module and in the plain formulas by different luck: four a layer.
+    """
     got, naive = both(module, reference, inputs, call, dtype)
     state = state_of(module)
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -90,7 +96,7 @@ def check_low_precision(module: nn.Module, reference: Callable, *inputs: Tensor,
     for i, value in enumerate(want):
         what = f"output {i}"
         error = relative_error(got[what], value)
-        allowed = FACTOR * relative_error(naive[what], value) + ROUNDING[dtype]
+        allowed = FACTOR * relative_error(naive[what], value) + (1 + 4 * layers) * ROUNDING[dtype]
         assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
     for what, value in got.items():
         assert value.isfinite().all(), f"{what} is not finite"

@@ -101,12 +101,11 @@ def band_split(state: State, x: Tensor) -> Tensor:
 
 
 def band_unsplit(state: State, x: Tensor, channels: int) -> Tensor:
-    """(B, out, T, K) -> (B, F, T, in): each band's Linear, added up where bands overlap, over the sum of filters."""
+    """(B, out, T, K) -> (B, F, T, in): each band's Linear, added up where bands overlap, over `ola_window`."""
     filterbanks = state["filterbanks"]
     total = x.new_zeros(len(x), filterbanks.shape[1], x.shape[2], channels)
     for k, bins in enumerate(band_bins(filterbanks)):
         lanes = x[..., k].transpose(1, 2) @ state["post_bandnet.weight"][k] + state["post_bandnet.bias"][k]
         for lane, f in enumerate(bins):
             total[:, f] = total[:, f] + lanes[..., lane * channels : (lane + 1) * channels]
-    overlap = filterbanks.sum(0)
-    return total / torch.where(overlap < 1e-8, torch.ones_like(overlap), overlap)[:, None, None]
+    return total / state["ola_window"][:, None, None]
