@@ -59,7 +59,13 @@ def _convnext(cls, kernel, stride, dims, mode, variant, sizes, original_shape=No
 ConvNeXt1D, ConvNeXt2D = fastblocks.ConvNeXt1DBlock, fastblocks.ConvNeXt2DBlock
 
 ROFORMER = [
-    Case("roformer", lambda: fastblocks.RoFormerBlock(16, 2, 12), (2, 11, 16), tokens(partial(blocks.roformer_block, n_head=2)), 64),
+    Case(
+        "roformer",
+        lambda: fastblocks.RoFormerBlock(16, 2, 12),
+        (2, 11, 16),
+        tokens(partial(blocks.roformer_block, n_head=2)),
+        64,
+    ),
     Case(
         "roformer-base",
         lambda: fastblocks.RoFormerBlock(24, 2, 40, rope_base=500),

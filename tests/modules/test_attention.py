@@ -159,11 +159,9 @@ def test_no_memory_is_memory_of_zeros():
 
 def rows_through_mlp(module, *arguments, **keywords):
     seen = []
-    handle = module.mlp.c_fc1.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape))
-    handles = [handle, module.mlp.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape))]
+    handle = module.mlp.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape))
     module(*arguments, **keywords)
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     return sum(shape[:-1].numel() for shape in seen)
 
 
@@ -175,21 +173,17 @@ def test_registers_that_are_not_returned_are_not_computed():
 
 
 def test_registers_that_are_not_returned_do_not_disturb():
-    """A register whose query would overflow touches no token when nobody asks for it."""
+    """The gradient of the query weights comes from tokens alone: it lies in the span of the tokens' rows."""
     module = register_block(num_register_tokens=1, window_size=4).double()
-    x = torch.randn(2, 20, 16, dtype=torch.float64)
+    x = torch.randn(1, 5, 16, dtype=torch.float64)
     module(x).sum().backward()
-    gradient = module.att.c_attn.weight.grad.clone()
-    with torch.no_grad():
-        x_norm = module.att_norm(x).flatten(0, 1)
-    # the query rows get their gradient from tokens alone: it lies in the span of the tokens' inputs
-    queries = gradient[:16]
-    basis = torch.linalg.qr(x_norm.T)[0]
-    assert relative_error(queries @ basis @ basis.T, queries) < EXACT
+    queries = module.att.c_attn.weight.grad[:16]
+    basis = torch.linalg.qr(module.att_norm(x).detach()[0].T)[0]  # of 5 dimensions in 16
+    assert queries.norm() > 0 and relative_error(queries @ basis @ basis.T, queries) < EXACT
 
 
 def test_positions_start_after_the_registers():
-    """Registers of zeros attract attention as if they were tokens of zeros before the sequence."""
+    """With all seeing all, registers are what tokens before the sequence would be."""
     module = register_block(num_register_tokens=3, window_size=-1).double()
     plain = fastblocks.RoFormerBlock(16, 2, 43).double()
     plain.load_state_dict({k: v for k, v in module.state_dict().items() if k != "registers"})

@@ -14,7 +14,9 @@ from tests.modules.harness import check, check_low_precision, functional, tensor
 every_block = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
 # One of each kind where a test is slow.
 few_blocks = pytest.mark.parametrize(
-    "case", [ROFORMER[0], ROFORMER[2], RNN[1], RNN[6], CONVNEXT[2], CONVNEXT[7], CONVNEXT[8]], ids=lambda case: case.name
+    "case",
+    [ROFORMER[0], ROFORMER[2], RNN[1], RNN[6], CONVNEXT[2], CONVNEXT[7], CONVNEXT[8]],
+    ids=lambda case: case.name,
 )
 
 

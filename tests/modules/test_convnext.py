@@ -19,10 +19,9 @@ BLOCK = {1: fastblocks.ConvNeXt1DBlock, 2: fastblocks.ConvNeXt2DBlock}
 @st.composite
 def arguments(draw):
     spatial = draw(st.sampled_from([1, 2]))
-    several = partial(st.tuples)
 
     def each(values):
-        return draw(several(*[values] * spatial))
+        return draw(st.tuples(*[values] * spatial))
 
     kernel, stride = each(st.sampled_from([1, 3, 5, 7])), each(st.integers(1, 4))
     sizes = each(st.integers(1, 9))
@@ -30,9 +29,7 @@ def arguments(draw):
     wanted = None
     if mode == "transposed" and draw(st.booleans()):
         more = each(st.integers(0, 3))
-        wanted = tuple(
-            (n - 1) * s + 1 + min(m, s - 1) for n, s, m in zip(sizes, stride, more, strict=True)
-        )
+        wanted = tuple((n - 1) * s + 1 + min(m, s - 1) for n, s, m in zip(sizes, stride, more, strict=True))
     dims = draw(st.sampled_from([(4, 4), (4, 6), (6, 4)]))
     return spatial, kernel, stride, sizes, mode, wanted, dims
 

@@ -36,7 +36,14 @@ class Case:
 
 
 CASES = [
-    Case("period", partial(MultiPeriod, periods=[3]), (1, 1, 200), partial(reference.multi_period, periods=[3]), (5,), 5120),
+    Case(
+        "period",
+        partial(MultiPeriod, periods=[3]),
+        (1, 1, 200),
+        partial(reference.multi_period, periods=[3]),
+        (5,),
+        5120,
+    ),
     Case(
         "scale",
         partial(MultiScale, 44100, [1, 4], nch=2),
@@ -133,7 +140,9 @@ def test_keys(case):
     free = {name for name in convolutions if name.endswith("output_conv")}  # not behind a `.conv`: never normed
     assert bool(free) == case.name.startswith("frequency")
     want = {f"{name}.{leaf}" for name in free for leaf in ("weight", "bias")}
-    want |= {f"{name}.{leaf}" for name in convolutions - free for leaf in ("weight_orig", "weight_u", "weight_v", "bias")}
+    want |= {
+        f"{name}.{leaf}" for name in convolutions - free for leaf in ("weight_orig", "weight_u", "weight_v", "bias")
+    }
     assert set(normed.state_dict()) == want
     inner = "band_discriminators.0.0.conv" if case.name.startswith("resolution") else "layers.0.conv"
     assert f"discriminators.0.{inner}" in convolutions
@@ -154,7 +163,9 @@ def test_spectral_norm_is_torchs_over_several_steps(case):
         for conv, twin in zip(ours, theirs, strict=True):
             twin(torch.zeros(1, conv.in_channels, *conv.kernel_size))
             for name in ("weight_u", "weight_v"):
-                assert_close(getattr(conv, name), getattr(twin, name), conv.weight_v.numel(), f"{name} after step {step}")
+                assert_close(
+                    getattr(conv, name), getattr(twin, name), conv.weight_v.numel(), f"{name} after step {step}"
+                )
             with torch.no_grad():  # an optimizer's step
                 change = 0.1 * torch.randn_like(conv.weight_orig)
                 conv.weight_orig += change
@@ -245,7 +256,9 @@ def test_quiet_clips_in_half_precision():
     clip = (1e-4 * torch.randn(1, 1, 300)).half()
     want = module(clip.float())[0][0]
     got = module.half()(clip)[0][0]
-    assert relative_error(got, want) < 64 * torch.finfo(torch.float16).eps  # seven layers, eight roundings of a bit each
+    assert (
+        relative_error(got, want) < 64 * torch.finfo(torch.float16).eps
+    )  # seven layers, eight roundings of a bit each
 
 
 def test_loudness_does_not_matter_to_the_frequency_discriminator():
@@ -282,7 +295,11 @@ def test_shortest_clip(make, nch, shortest):
 def test_layout_of_the_clip(case):
     module, clip = case.module().eval(), case.clip()
     want = module(clip)[0]
-    for unusual in (clip.mT.contiguous().mT, torch.stack((clip, clip), -1)[..., 0], torch.cat((clip, clip), -1)[..., : clip.shape[-1]]):
+    for unusual in (
+        clip.mT.contiguous().mT,
+        torch.stack((clip, clip), -1)[..., 0],
+        torch.cat((clip, clip), -1)[..., : clip.shape[-1]],
+    ):
         for got, expected in zip(module(unusual)[0], want, strict=True):
             assert_close(got, expected, case.terms)
 

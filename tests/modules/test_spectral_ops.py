@@ -23,7 +23,9 @@ HALVES = [torch.bfloat16, torch.float16]
 # --- Fourier
 
 
-@pytest.mark.parametrize("n_fft, hop, length", [(64, 16, 300), (50, 11, 301), (33, 8, 100), (16, 16, 64), (128, 441, 1000)])
+@pytest.mark.parametrize(
+    "n_fft, hop, length", [(64, 16, 300), (50, 11, 301), (33, 8, 100), (16, 16, 64), (128, 441, 1000)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_stft(n_fft, hop, length, dtype):
     module = fastblocks.Fourier(n_fft, hop).to(dtype)
@@ -42,7 +44,13 @@ def test_istft(n_fft, hop, length):
     kept = hop * (length // hop)  # frames are centred on multiples of the hop
     # the envelope of a hann window at the very last sample is small: amplification by 1 / min, bounded by keeping away
     kept -= hop
-    check(module, lambda _, s: spectral.istft(s, n_fft, hop, kept), sp, terms=4 * n_fft, call=lambda s: module.istft(s, kept))
+    check(
+        module,
+        lambda _, s: spectral.istft(s, n_fft, hop, kept),
+        sp,
+        terms=4 * n_fft,
+        call=lambda s: module.istft(s, kept),
+    )
 
 
 @pytest.mark.parametrize("length", [1000, 1001, 1023])
@@ -148,7 +156,13 @@ def test_linear_filters(n_fft, bands):
 
 # --- Band
 
-BANDS = [(8000, 128, 10, "mel"), (16000, 64, 12, "mel"), (48000, 64, 7, "linear"), (48000, 32, 20, "linear"), (8000, 33, 1, "mel")]
+BANDS = [
+    (8000, 128, 10, "mel"),
+    (16000, 64, 12, "mel"),
+    (48000, 64, 7, "linear"),
+    (48000, 32, 20, "linear"),
+    (8000, 33, 1, "mel"),
+]
 bands = pytest.mark.parametrize("sr, n_fft, count, scale", BANDS)
 
 
@@ -274,7 +288,11 @@ def test_band_in_low_precision(dtype):
     assert y.dtype == back.dtype == dtype
     check_low_precision(module, spectral.band_split, x, dtype=dtype, call=module.split)
     check_low_precision(
-        module, partial(spectral.band_unsplit, channels=2), torch.randn(2, 5, 3, 10).to(dtype), dtype=dtype, call=module.unsplit
+        module,
+        partial(spectral.band_unsplit, channels=2),
+        torch.randn(2, 5, 3, 10).to(dtype),
+        dtype=dtype,
+        call=module.unsplit,
     )
 
 
@@ -337,7 +355,9 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     got, want = compiled(x), module(x)
     assert_close(got, want, 1024)
-    for g, w in zip(*(torch.autograd.grad(y.square().sum(), list(module.parameters())) for y in (got, want)), strict=True):
+    for g, w in zip(
+        *(torch.autograd.grad(y.square().sum(), list(module.parameters())) for y in (got, want)), strict=True
+    ):
         assert_close(g, w, 1024)
 
 
@@ -349,7 +369,10 @@ def test_copies_give_the_same():
     other = quiet_band(8000, 128, 10, 2, 5)
     other.load_state_dict(module.band.state_dict(), strict=True)
     sp = torch.randn(1, 65, 3, 2)
-    assert all(torch.equal(a, b) for a, b in zip(*map(tensors, (there_and_back(other, sp), there_and_back(module.band, sp))), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(*map(tensors, (there_and_back(other, sp), there_and_back(module.band, sp))), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

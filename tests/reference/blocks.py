@@ -136,12 +136,14 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], pad_e
         seen = padded[(..., *(slice(i, i + (n - 1) * s + 1, s) for i, n, s in zip(tap, sizes, stride, strict=True)))]
         at = weight[(..., *tap)]
         depthwise = weight.shape[1] == 1 and x.shape[1] > 1
-        result = result + (at.view(-1, *[1] * len(kernel)) * seen if depthwise else torch.einsum("oi,bi...->bo...", at, seen))
+        result = result + (
+            at.view(-1, *[1] * len(kernel)) * seen if depthwise else torch.einsum("oi,bi...->bo...", at, seen)
+        )
     return result + bias.view(-1, *[1] * len(kernel))
 
 
 def conv_transposed(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """Zeros between the inputs, then a convolution with the kernel turned round. weight (I, O, *kernel) or (I, 1, …)."""
+    """Zeros between the inputs, then a convolution with the kernel turned round. weight (I, O or 1, *kernel)."""
     smallest = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
     apart = x.new_zeros(*x.shape[:2], *smallest)
     apart[(..., *(slice(None, None, s) for s in stride))] = x

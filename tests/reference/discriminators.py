@@ -96,7 +96,12 @@ def multi_resolution(state: State, x: Tensor, *, window_lengths, hop_factor=0.25
         sub, bins = part(state, f"discriminators.{i}."), window // 2 + 1
         spectrum = spectrogram(x, window, int(window * hop_factor))
         maps = [
-            stack(part(sub, f"band_discriminators.{b}."), spectrum[..., int(lo * bins) : int(hi * bins)], options, training)
+            stack(
+                part(sub, f"band_discriminators.{b}."),
+                spectrum[..., int(lo * bins) : int(hi * bins)],
+                options,
+                training,
+            )
             for b, (lo, hi) in enumerate(bands)
         ]
         fmaps.append(list(itertools.chain(*maps)))
