@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -141,6 +142,62 @@ print(state() == before)
 def test_version():
     parts = fastblocks.__version__.split(".")
     assert len(parts) == 3 and all(part.isdigit() for part in parts)
+
+
+# --- constructors: the same arguments in the same order with the same defaults as the originals
+
+BANDS = [(0, 0.1), (0.1, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)]
+ROFORMER = ["n_embd", "n_head", "max_seq_len", ("rope_base", 10000)]
+RECURRENT = ["n_embd", "n_layer", "n_groups", ("rnn_type", "gru"), ("bidirectional", False)]
+CONVNEXT = ["kernel_size", "stride", "input_dim", "output_dim", ("mode", "normal"), ("variant", "convnext")]
+RATE, NORM = ("sample_rate", 48000), ("norm", True)
+
+CONSTRUCTORS = {
+    "RoFormerBlock": ROFORMER,
+    "AttentionRegisterRoFormerBlock": [*ROFORMER, ("num_register_tokens", 0), ("window_size", -1)],
+    "RNNBlock": RECURRENT,
+    "GroupedRNN": RECURRENT,
+    "ConvNeXt1DBlock": CONVNEXT,
+    "ConvNeXt2DBlock": CONVNEXT,
+    "MultiPeriodDiscriminator": [("nch", 1), RATE, ("periods", [2, 3, 5, 7, 11]), NORM],
+    "MultiScaleDiscriminator": ["sample_rate", ("downsample_rates", [2, 4]), ("nch", 1), NORM],
+    "MultiResolutionDiscriminator": [
+        ("nch", 1), RATE, ("window_lengths", [2048, 1024, 512]), ("hop_factor", 0.25), ("bands", BANDS), NORM,
+        ("hidden_channels", 32),
+    ],
+    "MultiFrequencyDiscriminator": ["nch", "window_sizes", ("hidden_channels", 8), RATE, NORM],
+    "Fourier": [("n_fft", 2048), ("hop_length", 441)],
+    "Band": ["sr", "n_fft", "bands_num", "in_channels", "out_channels", ("scale", "mel")],
+}  # fmt: skip
+CALLS = {
+    "AttentionRegisterRoFormerBlock": ["x", ("registers", None), ("return_registers", False)],
+    "GroupedRNN": ["x", ("state", None), ("return_state", False)],
+    "ConvNeXt1DBlock": ["x", ("original_shape", None)],
+    "ConvNeXt2DBlock": ["x", ("original_shape", None)],
+}
+
+
+def as_lists(value):
+    return [as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def arguments_of(function):
+    """Names, with the default where there is one; sequences as lists."""
+    return [
+        name if parameter.default is parameter.empty else [name, as_lists(parameter.default)]
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name != "self"
+    ]
+
+
+@pytest.mark.parametrize("name, want", CONSTRUCTORS.items())
+def test_constructors(name, want):
+    assert arguments_of(getattr(fastblocks, name)) == as_lists(want)
+
+
+@pytest.mark.parametrize("name, want", CALLS.items())
+def test_calls(name, want):
+    assert arguments_of(getattr(fastblocks, name).forward) == as_lists(want)
 
 
 # --- who imports whom

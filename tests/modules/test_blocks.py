@@ -10,6 +10,7 @@ import torch
 from tests.compare import assert_close
 from tests.modules.cases import BLOCKS, CONVNEXT, RNN, ROFORMER, Case
 from tests.modules.harness import check, check_low_precision, functional, tensors
+from tests.reference import rows
 
 every_block = pytest.mark.parametrize("case", BLOCKS, ids=lambda case: case.name)
 # One of each kind where a test is slow.
@@ -206,3 +207,14 @@ def test_frozen_weights(case: Case):
         (alone,) = torch.autograd.grad(case.call(module)(x.detach()).square().sum(), parameter)
         assert alone.shape == parameter.shape and alone.isfinite().all(), name
         parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("case", [ROFORMER[0], RNN[0], CONVNEXT[8]], ids=lambda case: case.name)
+def test_statistics_of_norms_are_not_float16(case: Case):
+    """The square of 1000 is beyond float16, and that of 1e-4 below it."""
+    norms = [child for child in case.module().half().modules() if hasattr(child, "scale")]
+    assert norms
+    for norm in norms:
+        for size in (1000, 1e-2, 1e-4):
+            x = (size * torch.randn(5, len(norm.scale))).half()
+            assert_close(norm(x), rows.rms_norm(x.double(), norm.scale.double()), 1)
