@@ -67,18 +67,36 @@ def both(module: nn.Module, reference: Callable, inputs: tuple, call: Callable |
     )
 
 
-def check(module: nn.Module, reference: Callable, *inputs: Tensor, terms: int, call: Callable | None = None) -> None:
+def check(
+    module: nn.Module,
+    reference: Callable,
+    *inputs: Tensor,
+    terms: int,
+    call: Callable | None = None,
+    jointly: bool = False,
+) -> None:
     """Forward and every gradient of `module(*inputs)` against `reference(state, *inputs)` in float64.
 
     terms: the longest sum of products on the way, forward or backward. Float64 modules are held to EXACT instead.
+    jointly: hold all gradients as one vector. For widths of one or two, where a single gradient may happen to cancel
+        to nearly nothing, and its rounding does not.
     """
     got, want = both(module, reference, inputs, call, torch.float64)
+    if jointly and got["output 0"].dtype != torch.float64:
+        got, want = joined(got), joined(want)
     for what, value in got.items():
         if value.dtype == torch.float64:
             error = relative_error(value, want[what]) if want[what].norm() > 1e-12 else float(value.norm())
             assert error <= EXACT, f"{what}: error {error:.2e}"
         else:
             assert_close(value, want[what], terms, what)
+
+
+def joined(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All gradients as one vector."""
+    gradients = [value.flatten() for what, value in values.items() if what.startswith("gradient")]
+    outputs = {what: value for what, value in values.items() if not what.startswith("gradient")}
+    return outputs | {"all gradients": torch.cat(gradients)}
 
 
 def check_low_precision(
@@ -110,7 +128,3 @@ def functional(module: nn.Module, keywords: dict | None = None) -> tuple[Callabl
         return torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,), keywords)
 
     return call, [p.detach().clone().requires_grad_() for p in module.parameters()]
-
-
-def numel(shape) -> int:
-    return int(torch.Size(shape).numel())

@@ -82,7 +82,7 @@ def test_window_and_register_shapes(length, window, registers, heads_and_dim, me
         call = partial(module, return_registers=True)
     else:
         reference, call = tokens(reference), module
-    check(module, reference, *inputs, terms=2 * (registers + length), call=call)
+    check(module, reference, *inputs, terms=2 * (registers + length) + 4 * width, call=call, jointly=True)
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 63, 64, 65, 96, 97, 128, 129])
