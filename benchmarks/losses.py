@@ -28,7 +28,7 @@ def spectral_loss(estimate: Tensor, target: Tensor) -> Tensor:
         convergence = torch.linalg.vector_norm(got - want, dim=(1, 2)) / (
             torch.linalg.vector_norm(want, dim=(1, 2)) + 1e-3
         )
-        total = total + convergence.mean() + 0.1 * (got.add(1e-3).log() - want.add(1e-3).log()).abs().mean()
+        total = total + convergence.mean() + 0.3 * (got.add(1e-3).log() - want.add(1e-3).log()).abs().mean()
     return total / len(STFT_SIZES)
 
 

@@ -31,9 +31,9 @@ def draw_spectrograms(path: Path, waveforms: dict[str, Tensor], sample_rate: int
     axes = figure.subplots(1, len(pictures), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         image = axis.pcolormesh(
-            torch.linspace(0, seconds, picture.shape[1] + 1),
-            torch.linspace(0, sample_rate / 2000, picture.shape[0] + 1),
-            picture,
+            torch.linspace(0, seconds, picture.shape[1] + 1).numpy(),
+            torch.linspace(0, sample_rate / 2000, picture.shape[0] + 1).numpy(),
+            picture.numpy(),
             vmin=loudest - RANGE_DB,
             vmax=loudest,
             cmap="magma",

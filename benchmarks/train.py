@@ -217,7 +217,8 @@ def main(arguments: list[str]) -> int:
     )
     with contextlib.suppress(ValueError):
         out = out.resolve().relative_to(Path.cwd())
-    console.print(f"written: {', '.join(sorted(path.name for path in out.iterdir()))} in {out}", markup=False)
+    names = ", ".join(sorted(path.name for path in out.iterdir()))
+    console.print(f"written: {names} in {out}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -15,9 +15,9 @@ from benchmarks.clips import Mixtures, si_sdr
 SMALL = {
     "roformer": lambda kit, rate: models.MelRoFormer(kit, 32, 2, 2, sample_rate=rate, bands=32),
     "rnn": lambda kit, rate: models.MelRNN(kit, 32, 2, 2, rnn_layers=1, sample_rate=rate, bands=32),
-    "unet": lambda kit, rate: models.MelUNet(kit, 24, 3, sample_rate=rate, bands=48),
+    "unet": lambda kit, rate: models.MelUNet(kit, 32, 3, sample_rate=rate, bands=40),
 }
-LEARNING_RATES = {"roformer": 2e-3, "rnn": 2e-3, "unet": 1e-3}
+LEARNING_RATES = {"roformer": 2e-3, "rnn": 2e-3, "unet": 2e-3}
 DISCRIMINATORS = {
     "frequency": lambda kit, rate: kit.MultiFrequencyDiscriminator(1, [1024, 512], 2, sample_rate=min(rate, 48000)),
     "period": lambda kit, rate: kit.MultiPeriodDiscriminator(1, rate),
