@@ -1,0 +1,380 @@
+"""Grouped GRU and LSTM: all groups and both directions of a layer in one launch, the time loop inside.
+
+DOC
+"""
+
+from fastblocks.kernels._recurrent import (
+    across,
+    activate,
+    add_biases,
+    input_sums,
+    load_biases,
+    load_float,
+    load_gates,
+    load_padded,
+    load_weights,
+    outer_product,
+    product,
+    state_sums,
+    store_biases,
+    store_gates,
+    store_weights,
+    tanh,
+)
+from fastblocks.kernels.runtime import tl, triton
+
+# Up to here a tile of inputs, the weights in both orientations and their gradients fit in registers; see `launch`.
+FUSED_LIMIT = 32
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_forward_kernel(
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    extra_ptr,
+    y_ptr,
+    h_last_ptr,
+    c_last_ptr,
+    batch,
+    length,
+    groups,
+    stride_x_b,
+    stride_x_t,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tl.program_id(0) // (packs * DIRECTIONS) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row once more
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
+    channel = (member * DIRECTIONS + direction) * H + unit
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * SUMS * H
+    stride_e_t = DIRECTIONS * H
+    y_ptrs = y_ptr + row * length * stride_y_t + channel
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        x_ptrs = x_ptr + row * stride_x_b + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
+    if extra_ptr is not None:
+        extra_ptrs = extra_ptr + kept_row * H + unit
+    u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+    biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
+
+    h = tl.zeros(SHAPE, tl.float32)
+    c = tl.zeros(SHAPE, tl.float32)
+    if h_first_ptr is not None:
+        h = load_float(h_first_ptr + state_index, mask)
+        if LSTM:
+            c = load_float(c_first_ptr + state_index, mask)
+
+    # The chain from h to h is U h, the gates and the update: what step s + 1 takes from its input is made (or, where
+    # the projection is a product of its own, loaded) during step s.
+    t = start.to(tl.int64)
+    if FUSED:
+        x = load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I).to(DTYPE)
+        s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    else:
+        s0, s1, s2, s3 = load_gates(gates_ptrs + t * stride_g_t, mask_u, H, LSTM, UNITS != H)
+    for s in tl.range(0, length, num_stages=STAGES):
+        ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
+        if FUSED:
+            x = load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+            sums = s0, s1, s2, s3
+        else:
+            a0, a1, a2, a3 = load_gates(gates_ptrs + ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
+            sums = add_biases(s0, s1, s2, s3, biases, SHAPE, LSTM)
+        g0, g1, g2, g3 = activate(state_sums(h.to(DTYPE), u, sums, LSTM, TRANSPOSED, PRECISION), LSTM, ACTIVATION)
+        if LSTM:
+            c = g1 * c + g0 * g2
+            h = g3 * tanh(c, ACTIVATION)
+        else:
+            h = g2 + g1 * (h - g2)
+        tl.store(y_ptrs + t * stride_y_t, h, mask=mask)
+        if KEEP:
+            store_gates(gates_ptrs + t * stride_g_t, (g0, g1, g2, g3), mask, H, LSTM)
+        if extra_ptr is not None:
+            tl.store(extra_ptrs + t * stride_e_t, c if LSTM else g3, mask=mask)
+        if FUSED:
+            s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        else:
+            s0, s1, s2, s3 = a0, a1, a2, a3
+        t = ahead
+    tl.store(h_last_ptr + state_index, h, mask=mask)
+    if LSTM:
+        tl.store(c_last_ptr + state_index, c, mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_backward_kernel(
+    grad_y_ptr,
+    grad_h_last_ptr,
+    grad_c_last_ptr,
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    extra_ptr,
+    y_ptr,
+    grad_x_ptr,
+    grad_sums_ptr,
+    grad_extra_ptr,
+    partial_ptr,
+    grad_h_first_ptr,
+    grad_c_first_ptr,
+    batch,
+    length,
+    groups,
+    partial_size,
+    stride_x_b,
+    stride_x_t,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
+    AGAIN: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
+    KEPT: tl.constexpr = tl.float32 if gates_ptr is None else DTYPE
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    tile = tl.program_id(0) // (packs * DIRECTIONS)
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    inside = across(offs_b, not TRANSPOSED) < batch
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = inside & mask_u
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * SUMS * H
+    stride_e_t = DIRECTIONS * H
+    index_y = row * length * stride_y_t + (member * DIRECTIONS + direction) * H + unit
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    y_ptrs = y_ptr + index_y
+    grad_y_ptrs = grad_y_ptr + index_y
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
+    if extra_ptr is not None:
+        extra_ptrs = extra_ptr + kept_row * H + unit
+    u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, not TRANSPOSED, DTYPE)
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        index_i = (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        x_ptrs = x_ptr + row * stride_x_b + index_i
+        grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * (groups * I) + index_i
+        w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
+        if AGAIN:
+            w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+            u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+            biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
+        grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
+        grad_w1 = grad_w0
+        grad_w2 = grad_w0
+        grad_w3 = grad_w0
+        grad_u0 = tl.zeros((PACK * UNITS, PACK * UNITS), tl.float32)
+        grad_u1 = grad_u0
+        grad_u2 = grad_u0
+        grad_u3 = grad_u0
+        grad_b0 = tl.zeros(SHAPE, tl.float32)
+        grad_b1 = grad_b0
+        grad_b2 = grad_b0
+        grad_b3 = grad_b0
+    else:
+        grad_sums_ptrs = grad_sums_ptr + kept_row * (SUMS * H) + unit
+        grad_extra_ptrs = grad_extra_ptr + kept_row * H + unit if not LSTM else grad_sums_ptrs
+
+    grad_h = tl.zeros(SHAPE, tl.float32)
+    grad_c = tl.zeros(SHAPE, tl.float32)
+    if LSTM:
+        c_prev = load_padded(extra_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_e_t, mask_u, UNITS != H)
+    if grad_c_last_ptr is not None:
+        grad_c = load_float(grad_c_last_ptr + state_index, mask)
+    if grad_h_last_ptr is not None:
+        grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
+    if h_first_ptr is not None:
+        h_first = load_float(h_first_ptr + state_index, mask).to(DTYPE)
+        if LSTM:
+            c_first = load_float(c_first_ptr + state_index, mask).to(DTYPE)
+
+    # Whatever of a step does not wait for the one after it (its gates, h_{s-1}, x, ∂y) is made one turn ahead. The
+    # first turn only does that: it works on a step without gradient and with a forget gate of 1.
+    grad_y = tl.zeros(SHAPE, DTYPE)
+    h_prev = tl.zeros(SHAPE, DTYPE)
+    g0 = tl.zeros(SHAPE, KEPT)
+    g1 = tl.full(SHAPE, 1.0, KEPT)
+    g2 = g0
+    g3 = g0
+    tanh_c = tl.zeros(SHAPE, tl.float32)
+    if FUSED:
+        x = tl.zeros(X_SHAPE, DTYPE)
+    for turn in tl.range(0, length + 1, num_stages=STAGES):
+        s = length - turn
+        t = (start + s * step).to(tl.int64)
+        t_ahead = (start + tl.maximum(s - 1, 0) * step).to(tl.int64)
+        t_before = (start + tl.maximum(s - 2, 0) * step).to(tl.int64)
+        grad_y_ahead = tl.load(grad_y_ptrs + t_ahead * stride_y_t, mask=mask, other=0.0)
+        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & (s > 1), other=0.0)
+        if FUSED:
+            x_ahead = load_padded(x_ptrs + t_ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+        if LSTM:
+            c_before = tl.load(extra_ptrs + t_before * stride_e_t, mask=mask & (s > 1), other=0.0)
+        if not AGAIN:
+            a0, a1, a2, a3 = load_gates(gates_ptrs + t_ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
+            if not LSTM:
+                a3 = load_padded(extra_ptrs + t_ahead * stride_e_t, mask_u, UNITS != H)
+
+        # Step s.
+        grad_h += grad_y.to(tl.float32)
+        gate0 = g0.to(tl.float32)
+        gate1 = g1.to(tl.float32)
+        gate2 = g2.to(tl.float32)
+        gate3 = g3.to(tl.float32)
+        if LSTM:
+            grad_c += grad_h * gate3 * (1.0 - tanh_c * tanh_c)
+            d0 = grad_c * gate2 * gate0 * (1.0 - gate0)
+            d1 = grad_c * c_prev.to(tl.float32) * gate1 * (1.0 - gate1)
+            d2 = grad_c * gate0 * (1.0 - gate2 * gate2)
+            d3 = grad_h * tanh_c * gate3 * (1.0 - gate3)
+            grad_c *= gate1
+            carried = tl.zeros(SHAPE, tl.float32)
+        else:
+            d2 = grad_h * (1.0 - gate1) * (1.0 - gate2 * gate2)
+            d1 = grad_h * (h_prev.to(tl.float32) - gate2) * gate1 * (1.0 - gate1)
+            d0 = d2 * gate3 * gate0 * (1.0 - gate0)
+            d3 = d2 * gate0
+            carried = grad_h * gate1
+        e0 = d0.to(DTYPE)
+        e1 = d1.to(DTYPE)
+        e2 = d2.to(DTYPE)
+        e3 = d3.to(DTYPE)
+        grad_h = product(e1, u_back[1], carried, TRANSPOSED, PRECISION)
+        grad_h = product(e3, u_back[3], grad_h, TRANSPOSED, PRECISION)
+        grad_h = product(e0, u_back[0], grad_h, TRANSPOSED, PRECISION)
+        if LSTM:
+            grad_h = product(e2, u_back[2], grad_h, TRANSPOSED, PRECISION)
+        if FUSED:
+            grad_x = product(e0, w_back[0], tl.zeros(X_SHAPE, tl.float32), TRANSPOSED, PRECISION)
+            grad_x = product(e1, w_back[1], grad_x, TRANSPOSED, PRECISION)
+            grad_x = product(e2, w_back[2], grad_x, TRANSPOSED, PRECISION)
+            grad_w0 = outer_product(x, e0, grad_w0, TRANSPOSED, PRECISION)
+            grad_w1 = outer_product(x, e1, grad_w1, TRANSPOSED, PRECISION)
+            grad_w2 = outer_product(x, e2, grad_w2, TRANSPOSED, PRECISION)
+            grad_u0 = outer_product(h_prev, e0, grad_u0, TRANSPOSED, PRECISION)
+            grad_u1 = outer_product(h_prev, e1, grad_u1, TRANSPOSED, PRECISION)
+            grad_u2 = outer_product(h_prev, e2 if LSTM else e3, grad_u2, TRANSPOSED, PRECISION)
+            if LSTM:
+                grad_x = product(e3, w_back[3], grad_x, TRANSPOSED, PRECISION)
+                grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
+                grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
+            tl.store(grad_x_ptrs + t * (groups * I), grad_x, mask=inside & mask_i & (turn > 0))
+            if bias_ih_ptr is not None:
+                grad_b0 += d0
+                grad_b1 += d1
+                grad_b2 += d2
+                grad_b3 += d3
+        else:
+            store_gates(grad_sums_ptrs + t * stride_g_t, (e0, e1, e2, e3), mask & (turn > 0), H, LSTM)
+            if not LSTM:
+                tl.store(grad_extra_ptrs + t * stride_e_t, e3, mask=mask & (turn > 0))
+
+        # What step s - 1 needs.
+        if h_first_ptr is not None:
+            h_before = tl.where(s > 1, h_before, h_first)
+            if LSTM:
+                c_before = tl.where(s > 1, c_before, c_first)
+        if LSTM:
+            tanh_c = tanh(c_prev.to(tl.float32), ACTIVATION)
+            c_prev = c_before
+        if AGAIN:
+            sums = input_sums(x_ahead, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
+            g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+        else:
+            g0, g1, g2, g3 = a0, a1, a2, a3
+        grad_y = grad_y_ahead
+        if grad_h_last_ptr is not None:
+            grad_y = tl.where(turn == 0, (grad_y.to(tl.float32) + grad_h_last), grad_y).to(DTYPE)
+        h_prev = h_before
+        if FUSED:
+            x = x_ahead
+
+    if grad_h_first_ptr is not None:
+        tl.store(grad_h_first_ptr + state_index, grad_h, mask=mask)
+        if LSTM:
+            tl.store(grad_c_first_ptr + state_index, grad_c, mask=mask)
+    if FUSED:
+        # This tile's share of the weights' gradients: weight_ih, weight_hh, bias_ih, bias_hh one after another.
+        ptr = partial_ptr + tile.to(tl.int64) * partial_size
+        store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
+        ptr += groups * DIRECTIONS * SUMS * H * I
+        store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
+        if bias_ih_ptr is not None:
+            ptr += groups * DIRECTIONS * SUMS * H * H
+            index = (first + offs_u // UNITS) * (SUMS * H) + offs_u % UNITS
+            store_biases(ptr + index, H, offs_u % UNITS < H, (grad_b0, grad_b1, grad_b2, grad_b3), LSTM, TRANSPOSED)
+            ptr += groups * DIRECTIONS * SUMS * H
+            grads = (grad_b0, grad_b1, grad_b2 if LSTM else grad_b3, grad_b3)
+            store_biases(ptr + index, H, offs_u % UNITS < H, grads, LSTM, TRANSPOSED)
