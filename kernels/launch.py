@@ -6,6 +6,8 @@ process compiles one configuration a kernel. `python -m benchmarks tune OP` meas
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -26,3 +28,15 @@ class LaunchConfig:
 def config(num_warps: int, num_stages: int = 1, **blocks: int) -> LaunchConfig:
     """`config(4, 2, BLOCK_M=64)` reads better than the dataclass."""
     return LaunchConfig(num_warps, num_stages, tuple(sorted(blocks.items())))
+
+
+def recurrent(
+    architecture: str, backward: bool, units: int, lstm: bool, fused: bool, dtype: torch.dtype
+) -> LaunchConfig:
+    if backward:
+        return config(1, 3, BLOCK_B=16, TRANSPOSED=True)
+    return config(1, 3, BLOCK_B=8, TRANSPOSED=True)
+
+
+def recurrent_weights(architecture: str, dtype: torch.dtype) -> LaunchConfig:
+    return config(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)

@@ -1,0 +1,366 @@
+"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `recurrent` tells the story."""
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import (
+    activate,
+    across,
+    input_sums,
+    load_biases,
+    load_float,
+    load_gates,
+    load_padded,
+    load_weights,
+    outer_product,
+    product,
+    state_sums,
+    store_biases,
+    store_gates,
+    store_weights,
+    tanh,
+)
+from fastblocks.kernels.recurrent_forward import KEEP_GATES, forward, precision_of, sizes_of, tile_of
+from fastblocks.kernels.recurrent_weights import weight_gradients
+from fastblocks.kernels.runtime import architecture, tl, triton
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_backward_kernel(
+    grad_y_ptr,
+    grad_h_last_ptr,
+    grad_c_last_ptr,
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    extra_ptr,
+    y_ptr,
+    grad_x_ptr,
+    grad_sums_ptr,
+    grad_extra_ptr,
+    partial_ptr,
+    grad_h_first_ptr,
+    grad_c_first_ptr,
+    batch,
+    length,
+    groups,
+    partial_size,
+    stride_x_b,
+    stride_x_t,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
+    AGAIN: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
+    KEPT: tl.constexpr = tl.float32 if gates_ptr is None else DTYPE
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    tile = tl.program_id(0) // (packs * DIRECTIONS)
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    inside = across(offs_b, not TRANSPOSED) < batch
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = inside & mask_u
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * SUMS * H
+    stride_e_t = DIRECTIONS * H
+    index_y = row * length * stride_y_t + (member * DIRECTIONS + direction) * H + unit
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    y_ptrs = y_ptr + index_y
+    grad_y_ptrs = grad_y_ptr + index_y
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
+    if extra_ptr is not None:
+        extra_ptrs = extra_ptr + kept_row * H + unit
+    u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, not TRANSPOSED, DTYPE)
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        index_i = (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        x_ptrs = x_ptr + row * stride_x_b + index_i
+        grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * (groups * I) + index_i
+        w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
+        if AGAIN:
+            w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+            u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+            biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
+        grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
+        grad_w1 = grad_w0
+        grad_w2 = grad_w0
+        grad_w3 = grad_w0
+        grad_u0 = tl.zeros((PACK * UNITS, PACK * UNITS), tl.float32)
+        grad_u1 = grad_u0
+        grad_u2 = grad_u0
+        grad_u3 = grad_u0
+        grad_b0 = tl.zeros(SHAPE, tl.float32)
+        grad_b1 = grad_b0
+        grad_b2 = grad_b0
+        grad_b3 = grad_b0
+    else:
+        grad_sums_ptrs = grad_sums_ptr + kept_row * (SUMS * H) + unit
+        grad_extra_ptrs = grad_extra_ptr + kept_row * H + unit if not LSTM else grad_sums_ptrs
+
+    grad_h = tl.zeros(SHAPE, tl.float32)
+    grad_c = tl.zeros(SHAPE, tl.float32)
+    if LSTM:
+        c_prev = load_padded(extra_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_e_t, mask_u, UNITS != H)
+    if grad_c_last_ptr is not None:
+        grad_c = load_float(grad_c_last_ptr + state_index, mask)
+    if grad_h_last_ptr is not None:
+        grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
+    if h_first_ptr is not None:
+        h_first = load_float(h_first_ptr + state_index, mask).to(DTYPE)
+        if LSTM:
+            c_first = load_float(c_first_ptr + state_index, mask).to(DTYPE)
+
+    # Whatever of a step does not wait for the one after it (its gates, h_{s-1}, x, ∂y) is made one turn ahead. The
+    # first turn only does that: it works on a step without gradient and with a forget gate of 1.
+    grad_y = tl.zeros(SHAPE, DTYPE)
+    h_prev = tl.zeros(SHAPE, DTYPE)
+    g0 = tl.zeros(SHAPE, KEPT)
+    g1 = tl.full(SHAPE, 1.0, KEPT)
+    g2 = g0
+    g3 = g0
+    tanh_c = tl.zeros(SHAPE, tl.float32)
+    if FUSED:
+        x = tl.zeros(X_SHAPE, DTYPE)
+    for turn in tl.range(0, length + 1, num_stages=STAGES):
+        s = length - turn
+        t = (start + s * step).to(tl.int64)
+        t_ahead = (start + tl.maximum(s - 1, 0) * step).to(tl.int64)
+        t_before = (start + tl.maximum(s - 2, 0) * step).to(tl.int64)
+        grad_y_ahead = tl.load(grad_y_ptrs + t_ahead * stride_y_t, mask=mask, other=0.0)
+        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & (s > 1), other=0.0)
+        if FUSED:
+            x_ahead = load_padded(x_ptrs + t_ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+        if LSTM:
+            c_before = tl.load(extra_ptrs + t_before * stride_e_t, mask=mask & (s > 1), other=0.0)
+        if not AGAIN:
+            a0, a1, a2, a3 = load_gates(gates_ptrs + t_ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
+            if not LSTM:
+                a3 = load_padded(extra_ptrs + t_ahead * stride_e_t, mask_u, UNITS != H)
+
+        # Step s.
+        grad_h += grad_y.to(tl.float32)
+        gate0 = g0.to(tl.float32)
+        gate1 = g1.to(tl.float32)
+        gate2 = g2.to(tl.float32)
+        gate3 = g3.to(tl.float32)
+        if LSTM:
+            grad_c += grad_h * gate3 * (1.0 - tanh_c * tanh_c)
+            d0 = grad_c * gate2 * gate0 * (1.0 - gate0)
+            d1 = grad_c * c_prev.to(tl.float32) * gate1 * (1.0 - gate1)
+            d2 = grad_c * gate0 * (1.0 - gate2 * gate2)
+            d3 = grad_h * tanh_c * gate3 * (1.0 - gate3)
+            grad_c *= gate1
+            carried = tl.zeros(SHAPE, tl.float32)
+        else:
+            d2 = grad_h * (1.0 - gate1) * (1.0 - gate2 * gate2)
+            d1 = grad_h * (h_prev.to(tl.float32) - gate2) * gate1 * (1.0 - gate1)
+            d0 = d2 * gate3 * gate0 * (1.0 - gate0)
+            d3 = d2 * gate0
+            carried = grad_h * gate1
+        e0 = d0.to(DTYPE)
+        e1 = d1.to(DTYPE)
+        e2 = d2.to(DTYPE)
+        e3 = d3.to(DTYPE)
+        grad_h = product(e1, u_back[1], carried, TRANSPOSED, PRECISION)
+        grad_h = product(e3, u_back[3], grad_h, TRANSPOSED, PRECISION)
+        grad_h = product(e0, u_back[0], grad_h, TRANSPOSED, PRECISION)
+        if LSTM:
+            grad_h = product(e2, u_back[2], grad_h, TRANSPOSED, PRECISION)
+        if FUSED:
+            grad_x = product(e0, w_back[0], tl.zeros(X_SHAPE, tl.float32), TRANSPOSED, PRECISION)
+            grad_x = product(e1, w_back[1], grad_x, TRANSPOSED, PRECISION)
+            grad_x = product(e2, w_back[2], grad_x, TRANSPOSED, PRECISION)
+            grad_w0 = outer_product(x, e0, grad_w0, TRANSPOSED, PRECISION)
+            grad_w1 = outer_product(x, e1, grad_w1, TRANSPOSED, PRECISION)
+            grad_w2 = outer_product(x, e2, grad_w2, TRANSPOSED, PRECISION)
+            grad_u0 = outer_product(h_prev, e0, grad_u0, TRANSPOSED, PRECISION)
+            grad_u1 = outer_product(h_prev, e1, grad_u1, TRANSPOSED, PRECISION)
+            grad_u2 = outer_product(h_prev, e2 if LSTM else e3, grad_u2, TRANSPOSED, PRECISION)
+            if LSTM:
+                grad_x = product(e3, w_back[3], grad_x, TRANSPOSED, PRECISION)
+                grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
+                grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
+            tl.store(grad_x_ptrs + t * (groups * I), grad_x, mask=inside & mask_i & (turn > 0))
+            if bias_ih_ptr is not None:
+                grad_b0 += d0
+                grad_b1 += d1
+                grad_b2 += d2
+                grad_b3 += d3
+        else:
+            store_gates(grad_sums_ptrs + t * stride_g_t, (e0, e1, e2, e3), mask & (turn > 0), H, LSTM)
+            if not LSTM:
+                tl.store(grad_extra_ptrs + t * stride_e_t, e3, mask=mask & (turn > 0))
+
+        # What step s - 1 needs.
+        if h_first_ptr is not None:
+            h_before = tl.where(s > 1, h_before, h_first)
+            if LSTM:
+                c_before = tl.where(s > 1, c_before, c_first)
+        if LSTM:
+            tanh_c = tanh(c_prev.to(tl.float32), ACTIVATION)
+            c_prev = c_before
+        if AGAIN:
+            sums = input_sums(x_ahead, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
+            g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+        else:
+            g0, g1, g2, g3 = a0, a1, a2, a3
+        grad_y = grad_y_ahead
+        if grad_h_last_ptr is not None:
+            grad_y = tl.where(turn == 0, (grad_y.to(tl.float32) + grad_h_last), grad_y).to(DTYPE)
+        h_prev = h_before
+        if FUSED:
+            x = x_ahead
+
+    if grad_h_first_ptr is not None:
+        tl.store(grad_h_first_ptr + state_index, grad_h, mask=mask)
+        if LSTM:
+            tl.store(grad_c_first_ptr + state_index, grad_c, mask=mask)
+    if FUSED:
+        # This tile's share of the weights' gradients: weight_ih, weight_hh, bias_ih, bias_hh one after another.
+        ptr = partial_ptr + tile.to(tl.int64) * partial_size
+        store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
+        ptr += groups * DIRECTIONS * SUMS * H * I
+        store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
+        if bias_ih_ptr is not None:
+            ptr += groups * DIRECTIONS * SUMS * H * H
+            index = (first + offs_u // UNITS) * (SUMS * H) + offs_u % UNITS
+            store_biases(ptr + index, H, offs_u % UNITS < H, (grad_b0, grad_b1, grad_b2, grad_b3), LSTM, TRANSPOSED)
+            ptr += groups * DIRECTIONS * SUMS * H
+            grads = (grad_b0, grad_b1, grad_b2 if LSTM else grad_b3, grad_b3)
+            store_biases(ptr + index, H, offs_u % UNITS < H, grads, LSTM, TRANSPOSED)
+
+
+def _launch_config(
+    device: torch.device, hidden: int, lstm: bool, fused: bool, dtype: torch.dtype
+) -> launch.LaunchConfig:
+    return launch.recurrent(architecture(device), True, hidden, lstm, fused, dtype)
+
+
+def backward(
+    grad_y: Tensor | None,
+    grad_h_last: Tensor | None,
+    grad_c_last: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h_first: Tensor | None,
+    c_first: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    extra: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
+    dtype, rows = y.dtype, weight_ih.shape[2]
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
+    again = gates.numel() == 0
+    if again and not fused:
+        *_, gates, extra = forward(
+            x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype=dtype, keep=KEEP_GATES
+        )
+        again = False
+    tile = tile_of(groups, inputs, hidden)
+    config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    tiles = triton.cdiv(batch, config["BLOCK_B"])
+    shapes = (weight_ih.shape, weight_hh.shape) + ((bias_ih.shape, bias_hh.shape) if bias_ih is not None else ())
+    grad_x = grad_sums = grad_extra = partial = None
+    if fused:
+        grad_x = x.new_empty(directions, batch, length, groups * inputs)
+        partial = x.new_empty(tiles, sum(shape.numel() for shape in shapes), dtype=torch.float32)
+    else:
+        grad_sums = torch.empty_like(gates)
+        grad_extra = None if lstm else torch.empty_like(extra)
+    grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
+    grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
+    with torch.cuda.device_of(x):
+        _grouped_rnn_backward_kernel[(groups // tile["PACK"] * directions * tiles,)](
+            grad_y_ptr=grad_y,
+            grad_h_last_ptr=grad_h_last,
+            grad_c_last_ptr=grad_c_last,
+            x_ptr=x,
+            weight_ih_ptr=weight_ih,
+            weight_hh_ptr=weight_hh,
+            bias_ih_ptr=bias_ih,
+            bias_hh_ptr=bias_hh,
+            h_first_ptr=h_first,
+            c_first_ptr=c_first,
+            gates_ptr=None if again else gates,
+            extra_ptr=extra if extra.numel() else None,
+            y_ptr=y,
+            grad_x_ptr=grad_x,
+            grad_sums_ptr=grad_sums,
+            grad_extra_ptr=grad_extra,
+            partial_ptr=partial,
+            grad_h_first_ptr=grad_h_first,
+            grad_c_first_ptr=grad_c_first,
+            batch=batch,
+            length=length,
+            groups=groups,
+            partial_size=0 if partial is None else partial.shape[1],
+            stride_x_b=x.stride(0),
+            stride_x_t=x.stride(1),
+            DIRECTIONS=directions,
+            LSTM=lstm,
+            FUSED=fused,
+            **tile,
+            **precision_of(dtype),
+            STAGES=config.num_stages,
+            **config.keywords(),
+        )
+    if fused:
+        grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]
+        grad_weights = partial.sum(0)
+    else:
+        weight = weight_ih.to(dtype).transpose(0, 1).reshape(groups, directions * rows, inputs)
+        grad_x = torch.bmm(grad_sums, weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
+        precision = precision_of(dtype)["PRECISION"]
+        grad_weights = weight_gradients(x, y, h_first, grad_sums, grad_extra, weight_ih, weight_hh, precision)
+        if bias_ih is not None:
+            grad_ih = grad_sums.sum(1, dtype=torch.float32).view(groups, directions, rows).transpose(0, 1)
+            grad_hh = grad_ih
+            if not lstm:
+                apart = grad_extra.sum(1, dtype=torch.float32).view(groups, directions, hidden).transpose(0, 1)
+                grad_hh = torch.cat([grad_ih[..., : 2 * hidden], apart], -1)
+            grad_weights = torch.cat([grad_weights, grad_ih.flatten(), grad_hh.flatten()])
+    nothing = x.new_empty(0)
+    return (
+        grad_x,
+        grad_weights.to(weight_ih.dtype),
+        nothing if grad_h_first is None else grad_h_first.to(h_first.dtype),
+        x.new_empty(0) if grad_c_first is None else grad_c_first.to(c_first.dtype),
+    )

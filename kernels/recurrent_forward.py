@@ -1,0 +1,240 @@
+"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `recurrent` tells the whole story."""
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import (
+    activate,
+    across,
+    add_biases,
+    input_sums,
+    load_biases,
+    load_float,
+    load_gates,
+    load_padded,
+    load_weights,
+    state_sums,
+    store_gates,
+    tanh,
+)
+from fastblocks.kernels.runtime import INTERPRETED, architecture, tl, triton
+
+# Up to here a program holds W_ih, W_hh, and in the backward pass both their transposes and their gradients, in
+# registers (H = I = 32: 4 warps of up to 230 registers): the projection and all gradients are made in the loop.
+FUSED_LIMIT = 32
+
+# What the forward pass keeps for the backward one.
+KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_forward_kernel(
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    extra_ptr,
+    y_ptr,
+    h_last_ptr,
+    c_last_ptr,
+    batch,
+    length,
+    groups,
+    stride_x_b,
+    stride_x_t,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tl.program_id(0) // (packs * DIRECTIONS) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row once more
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
+    channel = (member * DIRECTIONS + direction) * H + unit
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * SUMS * H
+    stride_e_t = DIRECTIONS * H
+    y_ptrs = y_ptr + row * length * stride_y_t + channel
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        x_ptrs = x_ptr + row * stride_x_b + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
+    if extra_ptr is not None:
+        extra_ptrs = extra_ptr + kept_row * H + unit
+    u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+    biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
+
+    h = tl.zeros(SHAPE, tl.float32)
+    c = tl.zeros(SHAPE, tl.float32)
+    if h_first_ptr is not None:
+        h = load_float(h_first_ptr + state_index, mask)
+        if LSTM:
+            c = load_float(c_first_ptr + state_index, mask)
+
+    # The chain from h to h is U h, the gates and the update: what step s + 1 takes from its input is made (or, where
+    # the projection is a product of its own, loaded) during step s.
+    t = start.to(tl.int64)
+    if FUSED:
+        x = load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I).to(DTYPE)
+        s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    else:
+        s0, s1, s2, s3 = load_gates(gates_ptrs + t * stride_g_t, mask_u, H, LSTM, UNITS != H)
+    for s in tl.range(0, length, num_stages=STAGES):
+        ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
+        if FUSED:
+            x = load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+            sums = s0, s1, s2, s3
+        else:
+            a0, a1, a2, a3 = load_gates(gates_ptrs + ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
+            sums = add_biases(s0, s1, s2, s3, biases, SHAPE, LSTM)
+        g0, g1, g2, g3 = activate(state_sums(h.to(DTYPE), u, sums, LSTM, TRANSPOSED, PRECISION), LSTM, ACTIVATION)
+        if LSTM:
+            c = g1 * c + g0 * g2
+            h = g3 * tanh(c, ACTIVATION)
+        else:
+            h = g2 + g1 * (h - g2)
+        tl.store(y_ptrs + t * stride_y_t, h, mask=mask)
+        if KEEP:
+            store_gates(gates_ptrs + t * stride_g_t, (g0, g1, g2, g3), mask, H, LSTM)
+        if extra_ptr is not None:
+            tl.store(extra_ptrs + t * stride_e_t, c if LSTM else g3, mask=mask)
+        if FUSED:
+            s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        else:
+            s0, s1, s2, s3 = a0, a1, a2, a3
+        t = ahead
+    tl.store(h_last_ptr + state_index, h, mask=mask)
+    if LSTM:
+        tl.store(c_last_ptr + state_index, c, mask=mask)
+
+
+def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
+    """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G."""
+    pack = 1
+    while pack * triton.next_power_of_2(hidden) < 16 and groups % (2 * pack) == 0:
+        pack *= 2
+    least = 16 // pack
+    units, fans = max(triton.next_power_of_2(hidden), least), max(triton.next_power_of_2(inputs), least)
+    return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
+
+
+def precision_of(dtype: torch.dtype) -> dict[str, str]:
+    if dtype == torch.float32:
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
+    # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
+    hardware = dtype == torch.bfloat16 and not INTERPRETED and torch.version.hip is None
+    return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
+
+
+def sizes_of(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> tuple[int, int, int, int, int, int, bool, bool]:
+    batch, length, _ = x.shape
+    directions, groups, rows, inputs = weight_ih.shape
+    hidden = weight_hh.shape[3]
+    fused = inputs <= FUSED_LIMIT and hidden <= FUSED_LIMIT
+    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
+
+
+def _project(x: Tensor, weight_ih: Tensor, dtype: torch.dtype) -> Tensor:
+    """(G, B·T, N·SUMS·H): the inputs' part of the sums of all steps, one batched product."""
+    directions, groups, rows, inputs = weight_ih.shape
+    weight = weight_ih.to(dtype).permute(1, 3, 0, 2).reshape(groups, inputs, directions * rows)
+    return torch.bmm(x.to(dtype).reshape(-1, groups, inputs).transpose(0, 1), weight)
+
+
+def _launch_config(
+    device: torch.device, hidden: int, lstm: bool, fused: bool, dtype: torch.dtype
+) -> launch.LaunchConfig:
+    return launch.recurrent(architecture(device), False, hidden, lstm, fused, dtype)
+
+
+def forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h_first: Tensor | None,
+    c_first: Tensor | None,
+    dtype: torch.dtype,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
+    nothing = x.new_empty(0, dtype=dtype)
+    y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
+    h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
+    c_last = torch.empty_like(h_last) if lstm else nothing
+    gates = extra = None
+    if not fused:
+        gates = _project(x, weight_ih, dtype)
+    elif keep == KEEP_GATES:
+        gates = x.new_empty(groups, batch * length, weight_ih.shape[2] * directions, dtype=dtype)
+    if keep == KEEP_GATES or (keep == KEEP_LITTLE and fused and lstm):
+        extra = x.new_empty(groups, batch * length, directions * hidden, dtype=dtype)
+    tile = tile_of(groups, inputs, hidden)
+    config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
+    with torch.cuda.device_of(x):
+        _grouped_rnn_forward_kernel[grid](
+            x_ptr=x,
+            weight_ih_ptr=weight_ih,
+            weight_hh_ptr=weight_hh,
+            bias_ih_ptr=bias_ih,
+            bias_hh_ptr=bias_hh,
+            h_first_ptr=h_first,
+            c_first_ptr=c_first,
+            gates_ptr=gates,
+            extra_ptr=extra,
+            y_ptr=y,
+            h_last_ptr=h_last,
+            c_last_ptr=c_last if lstm else None,
+            batch=batch,
+            length=length,
+            groups=groups,
+            stride_x_b=x.stride(0),
+            stride_x_t=x.stride(1),
+            DIRECTIONS=directions,
+            LSTM=lstm,
+            FUSED=fused,
+            KEEP=keep == KEEP_GATES,
+            **tile,
+            **precision_of(dtype),
+            STAGES=config.num_stages,
+            **config.keywords(),
+        )
+    return y, h_last, c_last, gates if keep == KEEP_GATES else nothing, nothing if extra is None else extra
