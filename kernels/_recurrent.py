@@ -122,24 +122,50 @@ def load_padded(ptrs, mask, PADDED: tl.constexpr):
 
 
 @triton.jit
-def load_gates(ptrs, mask, H, LSTM: tl.constexpr, PADDED: tl.constexpr):
-    """Three or four values a unit, H apart; the GRU's fourth is kept elsewhere."""
-    g0 = load_padded(ptrs, mask, PADDED)
-    g1 = load_padded(ptrs + H, mask, PADDED)
-    g2 = load_padded(ptrs + 2 * H, mask, PADDED)
-    g3 = g2
-    if LSTM:
-        g3 = load_padded(ptrs + 3 * H, mask, PADDED)
-    return g0, g1, g2, g3
+def load_quads(ptrs, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """A unit's four values side by side, as words of 64 bits: a step then moves one tile, not four."""
+    low = load_padded(ptrs, mask, PADDED)
+    if DTYPE == tl.float32:
+        return low, load_padded(ptrs + 1, mask, PADDED)
+    else:
+        return low, low
 
 
 @triton.jit
-def store_gates(ptrs, gates, mask, H, LSTM: tl.constexpr):
-    tl.store(ptrs, gates[0], mask=mask)
-    tl.store(ptrs + H, gates[1], mask=mask)
-    tl.store(ptrs + 2 * H, gates[2], mask=mask)
-    if LSTM:
-        tl.store(ptrs + 3 * H, gates[3], mask=mask)
+def unpack(low, high, DTYPE: tl.constexpr):
+    """The four values of `load_quads`, in float32."""
+    if DTYPE == tl.float32:
+        return as_float(low, 0, DTYPE), as_float(low, 32, DTYPE), as_float(high, 0, DTYPE), as_float(high, 32, DTYPE)
+    else:
+        return as_float(low, 0, DTYPE), as_float(low, 16, DTYPE), as_float(low, 32, DTYPE), as_float(low, 48, DTYPE)
+
+
+@triton.jit
+def as_float(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    bits = words >> SHIFT
+    if DTYPE == tl.float32:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def as_word(values, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    if DTYPE == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+    else:
+        bits = values.to(DTYPE).to(tl.uint16, bitcast=True)
+    return bits.to(tl.int64) << SHIFT
+
+
+@triton.jit
+def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
+    if DTYPE == tl.float32:
+        tl.store(ptrs, as_word(v0, 0, DTYPE) | as_word(v1, 32, DTYPE), mask=mask)
+        tl.store(ptrs + 1, as_word(v2, 0, DTYPE) | as_word(v3, 32, DTYPE), mask=mask)
+    else:
+        low = as_word(v0, 0, DTYPE) | as_word(v1, 16, DTYPE)
+        tl.store(ptrs, low | as_word(v2, 32, DTYPE) | as_word(v3, 48, DTYPE), mask=mask)
 
 
 @triton.jit
@@ -184,16 +210,6 @@ def state_sums(h, weights, sums, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, P
         return s0, s1, s2, product(h, weights[3], sums[3], TRANSPOSED, PRECISION)
     else:
         return s0, s1, sums[2], product(h, weights[2], sums[3], TRANSPOSED, PRECISION)
-
-
-@triton.jit
-def add_biases(s0, s1, s2, s3, biases, SHAPE: tl.constexpr, LSTM: tl.constexpr):
-    """Sums that start from a projection made before, in the inputs' dtype."""
-    if LSTM:
-        s3 = s3.to(tl.float32) + biases[3]
-    else:
-        s3 = tl.broadcast_to(biases[3], SHAPE)
-    return s0.to(tl.float32) + biases[0], s1.to(tl.float32) + biases[1], s2.to(tl.float32) + biases[2], s3
 
 
 @triton.jit

@@ -1,1 +1,174 @@
-"""stub"""
+"""Grouped GRU and LSTM: all groups and both directions of a layer in one launch, the time loop inside.
+
+DOC
+"""
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels.recurrent_backward import backward
+from fastblocks.kernels.recurrent_forward import (
+    KEEP_GATES,
+    KEEP_LITTLE,
+    KEEP_NOTHING,
+    forward,
+    keeps_cell,
+    sizes_of,
+)
+
+# Above this W_hh (GRU, 16 bits: 98 KB at 128, 393 KB at 256) no longer stays on the chip through the time loop.
+LARGEST_HIDDEN = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What y and the final state are stored in: x's dtype, under autocast its dtype, as torch.nn.GRU has it on CUDA."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *others: Tensor | None) -> str:
+    """Why these kernels do not take a call, or an empty string. `others` are biases and states."""
+    dtype = compute_dtype(x)
+    if dtype not in DTYPES:
+        return f"no kernel for {str(dtype).removeprefix('torch.')}"
+    tensors = [t for t in (weight_ih, weight_hh, *others[:2]) if t is not None]
+    if any(t.dtype not in DTYPES for t in tensors) or (dtype == x.dtype and any(t.dtype != dtype for t in tensors)):
+        return "inputs and weights differ in dtype"
+    hidden = weight_hh.shape[3]
+    if hidden > LARGEST_HIDDEN:
+        return f"hidden size {hidden} > {LARGEST_HIDDEN}: its weights do not fit on the chip, the library streams them better"
+    return ""
+
+
+def grouped_gru(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    state: Tensor | None,
+    keep_gates: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    y, h, *_ = _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, state, None, keep_gates)
+    return y, h
+
+
+def grouped_lstm(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    state: tuple[Tensor, Tensor] | None,
+    keep_gates: bool | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    h_first, c_first = (None, None) if state is None else state
+    y, h, c, *_ = _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, keep_gates)
+    return y, (h, c)
+
+
+def _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, keep_gates):
+    inputs = (x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first)
+    keep = KEEP_NOTHING
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        if keep_gates is None:  # by bytes: see above
+            keep_gates = not sizes_of(x, weight_ih, weight_hh)[-1]
+        keep = KEEP_GATES if keep_gates else KEEP_LITTLE
+    return _forward_op(*inputs, compute_dtype(x), keep)
+
+
+_library = torch.library.Library("fastblocks", "FRAGMENT")
+_library.define(
+    "grouped_rnn(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h_first, "
+    "Tensor? c_first, ScalarType dtype, int keep) -> (Tensor y, Tensor h_last, Tensor c_last, Tensor gates, Tensor cell)"
+)
+_library.define(
+    "grouped_rnn_backward(Tensor? grad_y, Tensor? grad_h_last, Tensor? grad_c_last, Tensor x, Tensor weight_ih, "
+    "Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h_first, Tensor? c_first, Tensor y, Tensor gates, "
+    "Tensor cell) -> (Tensor grad_x, Tensor grad_weights, Tensor grad_h_first, Tensor grad_c_first)"
+)
+_forward_op = torch.ops.fastblocks.grouped_rnn.default
+_backward_op = torch.ops.fastblocks.grouped_rnn_backward.default
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _forward_impl(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep):
+    inputs = (x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first)
+    return forward(*map(_dense, inputs), dtype=dtype, keep=keep)
+
+
+def _backward_impl(*tensors):
+    return backward(*map(_dense, tensors))
+
+
+def _forward_fake(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep):
+    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
+    state = (directions, batch, groups * hidden)
+    gates = (groups, batch * length, directions, hidden, 4)
+    return (
+        x.new_empty(batch, length, groups * directions * hidden, dtype=dtype),
+        x.new_empty(state, dtype=dtype),
+        x.new_empty(state if lstm else 0, dtype=dtype),
+        x.new_empty(gates if keep == KEEP_GATES else 0, dtype=dtype),
+        x.new_empty(gates[:-1] if keeps_cell(keep, fused, lstm) else 0, dtype=dtype),
+    )
+
+
+def _backward_fake(
+    grad_y, grad_h_last, grad_c_last, x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, y, gates, cell
+):
+    weights = [t.numel() for t in (weight_ih, weight_hh, bias_ih, bias_hh) if t is not None]
+    return (
+        x.new_empty(x.shape),
+        weight_ih.new_empty(sum(weights)),
+        x.new_empty(0) if h_first is None else h_first.new_empty(h_first.shape),
+        x.new_empty(0) if c_first is None else c_first.new_empty(c_first.shape),
+    )
+
+
+class _GroupedRNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h_last, c_last, gates, cell = _forward_op(*arguments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:7], y, gates, cell)
+        ctx.mark_non_differentiable(gates, cell, *([c_last] if c_last.numel() == 0 else []))
+        return y, h_last, c_last, gates, cell
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_h_last, grad_c_last, *_):
+        *inputs, y, gates, cell = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return (*_differentiable_backward((grad_y, grad_h_last, grad_c_last), inputs, ctx.needs_input_grad), None, None)
+        grad_x, flat, grad_h, grad_c = _backward_op(grad_y, grad_h_last, grad_c_last, *inputs, y, gates, cell)
+        weights = iter(flat.split([t.numel() for t in inputs[1:5] if t is not None]))
+        grads = [None if t is None else next(weights).view(t.shape) for t in inputs[1:5]]
+        states = [None if t is None else grad for t, grad in zip(inputs[5:], (grad_h, grad_c), strict=True)]
+        return grad_x, *grads, *states, None, None
+
+
+def _differentiable_backward(grads, inputs, wanted):
+    """The same gradients by a formula that autograd can see through, for derivatives of derivatives."""
+    raise NotImplementedError
+
+
+def _autograd(*arguments):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        return _GroupedRNN.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*arguments)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("grouped_rnn", _forward_impl, _key)
+    _library.impl("grouped_rnn_backward", _backward_impl, _key)
+_library.impl("grouped_rnn", _autograd, "Autograd")
+torch.library.register_fake("fastblocks::grouped_rnn", _forward_fake, lib=_library)
+torch.library.register_fake("fastblocks::grouped_rnn_backward", _backward_fake, lib=_library)

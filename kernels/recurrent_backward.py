@@ -7,21 +7,23 @@ from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import (
     activate,
     across,
+    as_word,
     input_sums,
     load_biases,
     load_float,
-    load_gates,
     load_padded,
+    load_quads,
     load_weights,
     outer_product,
     product,
     state_sums,
     store_biases,
-    store_gates,
+    store_quads,
     store_weights,
     tanh,
+    unpack,
 )
-from fastblocks.kernels.recurrent_forward import KEEP_GATES, forward, precision_of, sizes_of, tile_of
+from fastblocks.kernels.recurrent_forward import KEEP_GATES, forward, precision_of, quad_weight, sizes_of, tile_of
 from fastblocks.kernels.recurrent_weights import weight_gradients
 from fastblocks.kernels.runtime import architecture, tl, triton
 
@@ -39,11 +41,10 @@ def _grouped_rnn_backward_kernel(
     h_first_ptr,
     c_first_ptr,
     gates_ptr,
-    extra_ptr,
+    cell_ptr,
     y_ptr,
     grad_x_ptr,
     grad_sums_ptr,
-    grad_extra_ptr,
     partial_ptr,
     grad_h_first_ptr,
     grad_c_first_ptr,
@@ -71,8 +72,8 @@ def _grouped_rnn_backward_kernel(
     SUMS: tl.constexpr = 4 if LSTM else 3
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
     AGAIN: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
-    KEPT: tl.constexpr = tl.float32 if gates_ptr is None else DTYPE
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
     direction = tl.program_id(0) // packs % DIRECTIONS
@@ -90,17 +91,17 @@ def _grouped_rnn_backward_kernel(
     mask_u = unit < H
     mask = inside & mask_u
     stride_y_t = groups * DIRECTIONS * H
-    stride_g_t = DIRECTIONS * SUMS * H
-    stride_e_t = DIRECTIONS * H
+    stride_g_t = DIRECTIONS * H * WORDS
+    stride_c_t = DIRECTIONS * H
     index_y = row * length * stride_y_t + (member * DIRECTIONS + direction) * H + unit
     state_index = (direction * batch + row) * groups * H + member * H + unit
     kept_row = (member * batch + row) * length * DIRECTIONS + direction
     y_ptrs = y_ptr + index_y
     grad_y_ptrs = grad_y_ptr + index_y
     if gates_ptr is not None:
-        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
-    if extra_ptr is not None:
-        extra_ptrs = extra_ptr + kept_row * H + unit
+        gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
+    if cell_ptr is not None:
+        cell_ptrs = cell_ptr + kept_row * H + unit
     u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, not TRANSPOSED, DTYPE)
     if FUSED:
         offs_i = tl.arange(0, PACK * FANS)
@@ -127,13 +128,12 @@ def _grouped_rnn_backward_kernel(
         grad_b2 = grad_b0
         grad_b3 = grad_b0
     else:
-        grad_sums_ptrs = grad_sums_ptr + kept_row * (SUMS * H) + unit
-        grad_extra_ptrs = grad_extra_ptr + kept_row * H + unit if not LSTM else grad_sums_ptrs
+        grad_sums_ptrs = grad_sums_ptr + (kept_row * H + unit) * WORDS
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
     if LSTM:
-        c_prev = load_padded(extra_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_e_t, mask_u, UNITS != H)
+        c_prev = load_padded(cell_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_c_t, mask_u, UNITS != H)
     if grad_c_last_ptr is not None:
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
     if grad_h_last_ptr is not None:
@@ -147,10 +147,14 @@ def _grouped_rnn_backward_kernel(
     # first turn only does that: it works on a step without gradient and with a forget gate of 1.
     grad_y = tl.zeros(SHAPE, DTYPE)
     h_prev = tl.zeros(SHAPE, DTYPE)
-    g0 = tl.zeros(SHAPE, KEPT)
-    g1 = tl.full(SHAPE, 1.0, KEPT)
-    g2 = g0
-    g3 = g0
+    if AGAIN:
+        g0 = tl.zeros(SHAPE, tl.float32)
+        g1 = g0 + 1.0
+        g2 = g0
+        g3 = g0
+    else:
+        low = tl.zeros(SHAPE, tl.int64) + (as_word(tl.full((1, 1), 1.0, tl.float32), 32 if WORDS == 2 else 16, DTYPE))
+        high = tl.zeros(SHAPE, tl.int64)
     tanh_c = tl.zeros(SHAPE, tl.float32)
     if FUSED:
         x = tl.zeros(X_SHAPE, DTYPE)
@@ -164,32 +168,28 @@ def _grouped_rnn_backward_kernel(
         if FUSED:
             x_ahead = load_padded(x_ptrs + t_ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
         if LSTM:
-            c_before = tl.load(extra_ptrs + t_before * stride_e_t, mask=mask & (s > 1), other=0.0)
+            c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & (s > 1), other=0.0)
         if not AGAIN:
-            a0, a1, a2, a3 = load_gates(gates_ptrs + t_ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
-            if not LSTM:
-                a3 = load_padded(extra_ptrs + t_ahead * stride_e_t, mask_u, UNITS != H)
+            low_ahead, high_ahead = load_quads(gates_ptrs + t_ahead * stride_g_t, mask_u, UNITS != H, DTYPE)
 
         # Step s.
         grad_h += grad_y.to(tl.float32)
-        gate0 = g0.to(tl.float32)
-        gate1 = g1.to(tl.float32)
-        gate2 = g2.to(tl.float32)
-        gate3 = g3.to(tl.float32)
+        if not AGAIN:
+            g0, g1, g2, g3 = unpack(low, high, DTYPE)
         if LSTM:
-            grad_c += grad_h * gate3 * (1.0 - tanh_c * tanh_c)
-            d0 = grad_c * gate2 * gate0 * (1.0 - gate0)
-            d1 = grad_c * c_prev.to(tl.float32) * gate1 * (1.0 - gate1)
-            d2 = grad_c * gate0 * (1.0 - gate2 * gate2)
-            d3 = grad_h * tanh_c * gate3 * (1.0 - gate3)
-            grad_c *= gate1
+            grad_c += grad_h * g3 * (1.0 - tanh_c * tanh_c)
+            d0 = grad_c * g2 * g0 * (1.0 - g0)
+            d1 = grad_c * c_prev.to(tl.float32) * g1 * (1.0 - g1)
+            d2 = grad_c * g0 * (1.0 - g2 * g2)
+            d3 = grad_h * tanh_c * g3 * (1.0 - g3)
+            grad_c *= g1
             carried = tl.zeros(SHAPE, tl.float32)
         else:
-            d2 = grad_h * (1.0 - gate1) * (1.0 - gate2 * gate2)
-            d1 = grad_h * (h_prev.to(tl.float32) - gate2) * gate1 * (1.0 - gate1)
-            d0 = d2 * gate3 * gate0 * (1.0 - gate0)
-            d3 = d2 * gate0
-            carried = grad_h * gate1
+            d2 = grad_h * (1.0 - g1) * (1.0 - g2 * g2)
+            d1 = grad_h * (h_prev.to(tl.float32) - g2) * g1 * (1.0 - g1)
+            d0 = d2 * g3 * g0 * (1.0 - g0)
+            d3 = d2 * g0
+            carried = grad_h * g1
         e0 = d0.to(DTYPE)
         e1 = d1.to(DTYPE)
         e2 = d2.to(DTYPE)
@@ -220,9 +220,7 @@ def _grouped_rnn_backward_kernel(
                 grad_b2 += d2
                 grad_b3 += d3
         else:
-            store_gates(grad_sums_ptrs + t * stride_g_t, (e0, e1, e2, e3), mask & (turn > 0), H, LSTM)
-            if not LSTM:
-                tl.store(grad_extra_ptrs + t * stride_e_t, e3, mask=mask & (turn > 0))
+            store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (turn > 0), DTYPE)
 
         # What step s - 1 needs.
         if h_first_ptr is not None:
@@ -237,7 +235,7 @@ def _grouped_rnn_backward_kernel(
             sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
             g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
         else:
-            g0, g1, g2, g3 = a0, a1, a2, a3
+            low, high = low_ahead, high_ahead
         grad_y = grad_y_ahead
         if grad_h_last_ptr is not None:
             grad_y = tl.where(turn == 0, (grad_y.to(tl.float32) + grad_h_last), grad_y).to(DTYPE)
@@ -283,14 +281,14 @@ def backward(
     c_first: Tensor | None,
     y: Tensor,
     gates: Tensor,
-    extra: Tensor,
+    cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
     dtype, rows = y.dtype, weight_ih.shape[2]
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
     again = gates.numel() == 0
     if again and not fused:
-        *_, gates, extra = forward(
+        *_, gates, cell = forward(
             x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype=dtype, keep=KEEP_GATES
         )
         again = False
@@ -298,13 +296,12 @@ def backward(
     config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
     tiles = triton.cdiv(batch, config["BLOCK_B"])
     shapes = (weight_ih.shape, weight_hh.shape) + ((bias_ih.shape, bias_hh.shape) if bias_ih is not None else ())
-    grad_x = grad_sums = grad_extra = partial = None
+    grad_x = grad_sums = partial = None
     if fused:
         grad_x = x.new_empty(directions, batch, length, groups * inputs)
         partial = x.new_empty(tiles, sum(shape.numel() for shape in shapes), dtype=torch.float32)
     else:
         grad_sums = torch.empty_like(gates)
-        grad_extra = None if lstm else torch.empty_like(extra)
     grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
     grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
     with torch.cuda.device_of(x):
@@ -319,12 +316,11 @@ def backward(
             bias_hh_ptr=bias_hh,
             h_first_ptr=h_first,
             c_first_ptr=c_first,
-            gates_ptr=None if again else gates,
-            extra_ptr=extra if extra.numel() else None,
+            gates_ptr=None if again else gates.view(torch.int64),
+            cell_ptr=cell if cell.numel() else None,
             y_ptr=y,
             grad_x_ptr=grad_x,
-            grad_sums_ptr=grad_sums,
-            grad_extra_ptr=grad_extra,
+            grad_sums_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
             partial_ptr=partial,
             grad_h_first_ptr=grad_h_first,
             grad_c_first_ptr=grad_c_first,
@@ -346,21 +342,18 @@ def backward(
         grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]
         grad_weights = partial.sum(0)
     else:
-        weight = weight_ih.to(dtype).transpose(0, 1).reshape(groups, directions * rows, inputs)
-        grad_x = torch.bmm(grad_sums, weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
+        weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
+        grad_x = torch.bmm(grad_sums.view(groups, batch * length, -1), weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
         precision = precision_of(dtype)["PRECISION"]
-        grad_weights = weight_gradients(x, y, h_first, grad_sums, grad_extra, weight_ih, weight_hh, precision)
+        grad_weights = weight_gradients(x, y, h_first, grad_sums, weight_ih, weight_hh, precision)
         if bias_ih is not None:
-            grad_ih = grad_sums.sum(1, dtype=torch.float32).view(groups, directions, rows).transpose(0, 1)
-            grad_hh = grad_ih
-            if not lstm:
-                apart = grad_extra.sum(1, dtype=torch.float32).view(groups, directions, hidden).transpose(0, 1)
-                grad_hh = torch.cat([grad_ih[..., : 2 * hidden], apart], -1)
-            grad_weights = torch.cat([grad_weights, grad_ih.flatten(), grad_hh.flatten()])
-    nothing = x.new_empty(0)
+            quads = grad_sums.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
+            grads = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
+            grad_weights = torch.cat([grad_weights, *(grad.flatten() for grad in grads)])
+
     return (
         grad_x,
         grad_weights.to(weight_ih.dtype),
-        nothing if grad_h_first is None else grad_h_first.to(h_first.dtype),
+        x.new_empty(0) if grad_h_first is None else grad_h_first.to(h_first.dtype),
         x.new_empty(0) if grad_c_first is None else grad_c_first.to(c_first.dtype),
     )

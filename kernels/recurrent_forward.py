@@ -7,16 +7,16 @@ from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import (
     activate,
     across,
-    add_biases,
     input_sums,
     load_biases,
     load_float,
-    load_gates,
     load_padded,
+    load_quads,
     load_weights,
     state_sums,
-    store_gates,
+    store_quads,
     tanh,
+    unpack,
 )
 from fastblocks.kernels.runtime import INTERPRETED, architecture, tl, triton
 
@@ -38,7 +38,7 @@ def _grouped_rnn_forward_kernel(
     h_first_ptr,
     c_first_ptr,
     gates_ptr,
-    extra_ptr,
+    cell_ptr,
     y_ptr,
     h_last_ptr,
     c_last_ptr,
@@ -63,7 +63,7 @@ def _grouped_rnn_forward_kernel(
     STAGES: tl.constexpr,
 ):
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    SUMS: tl.constexpr = 4 if LSTM else 3
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
@@ -81,8 +81,8 @@ def _grouped_rnn_forward_kernel(
     mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
     channel = (member * DIRECTIONS + direction) * H + unit
     stride_y_t = groups * DIRECTIONS * H
-    stride_g_t = DIRECTIONS * SUMS * H
-    stride_e_t = DIRECTIONS * H
+    stride_g_t = DIRECTIONS * H * WORDS
+    stride_c_t = DIRECTIONS * H
     y_ptrs = y_ptr + row * length * stride_y_t + channel
     state_index = (direction * batch + row) * groups * H + member * H + unit
     kept_row = (member * batch + row) * length * DIRECTIONS + direction
@@ -93,9 +93,9 @@ def _grouped_rnn_forward_kernel(
         x_ptrs = x_ptr + row * stride_x_b + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
         w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
     if gates_ptr is not None:
-        gates_ptrs = gates_ptr + kept_row * (SUMS * H) + unit
-    if extra_ptr is not None:
-        extra_ptrs = extra_ptr + kept_row * H + unit
+        gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
+    if cell_ptr is not None:
+        cell_ptrs = cell_ptr + kept_row * H + unit
     u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
     biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
 
@@ -113,16 +113,20 @@ def _grouped_rnn_forward_kernel(
         x = load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I).to(DTYPE)
         s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
     else:
-        s0, s1, s2, s3 = load_gates(gates_ptrs + t * stride_g_t, mask_u, H, LSTM, UNITS != H)
+        low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
         if FUSED:
             x = load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
-            sums = s0, s1, s2, s3
         else:
-            a0, a1, a2, a3 = load_gates(gates_ptrs + ahead * stride_g_t, mask_u, H, LSTM, UNITS != H)
-            sums = add_biases(s0, s1, s2, s3, biases, SHAPE, LSTM)
-        g0, g1, g2, g3 = activate(state_sums(h.to(DTYPE), u, sums, LSTM, TRANSPOSED, PRECISION), LSTM, ACTIVATION)
+            low_ahead, high_ahead = load_quads(gates_ptrs + ahead * stride_g_t, mask_u, UNITS != H, DTYPE)
+            s0, s1, s2, s3 = unpack(low, high, DTYPE)
+            s0 += biases[0]
+            s1 += biases[1]
+            s2 += biases[2]
+            s3 += biases[3]
+        sums = state_sums(h.to(DTYPE), u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+        g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
         if LSTM:
             c = g1 * c + g0 * g2
             h = g3 * tanh(c, ACTIVATION)
@@ -130,13 +134,13 @@ def _grouped_rnn_forward_kernel(
             h = g2 + g1 * (h - g2)
         tl.store(y_ptrs + t * stride_y_t, h, mask=mask)
         if KEEP:
-            store_gates(gates_ptrs + t * stride_g_t, (g0, g1, g2, g3), mask, H, LSTM)
-        if extra_ptr is not None:
-            tl.store(extra_ptrs + t * stride_e_t, c if LSTM else g3, mask=mask)
+            store_quads(gates_ptrs + t * stride_g_t, g0, g1, g2, g3, mask, DTYPE)
+        if cell_ptr is not None:
+            tl.store(cell_ptrs + t * stride_c_t, c, mask=mask)
         if FUSED:
             s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
         else:
-            s0, s1, s2, s3 = a0, a1, a2, a3
+            low, high = low_ahead, high_ahead
         t = ahead
     tl.store(h_last_ptr + state_index, h, mask=mask)
     if LSTM:
@@ -170,11 +174,23 @@ def sizes_of(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> tuple[int, int,
     return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
 
 
-def _project(x: Tensor, weight_ih: Tensor, dtype: torch.dtype) -> Tensor:
-    """(G, B·T, N·SUMS·H): the inputs' part of the sums of all steps, one batched product."""
+def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
+    return lstm and (keep == KEEP_GATES or (fused and keep == KEEP_LITTLE))
+
+
+def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """(G, I, N·H·4): a unit's four rows side by side; a GRU's fourth, `U_n h`, takes nothing from x."""
     directions, groups, rows, inputs = weight_ih.shape
-    weight = weight_ih.to(dtype).permute(1, 3, 0, 2).reshape(groups, inputs, directions * rows)
-    return torch.bmm(x.to(dtype).reshape(-1, groups, inputs).transpose(0, 1), weight)
+    weight = weight_ih.to(dtype).view(directions, groups, rows // hidden, hidden, inputs).permute(1, 4, 0, 3, 2)
+    if rows == 3 * hidden:
+        weight = torch.nn.functional.pad(weight, (0, 1))
+    return weight.reshape(groups, inputs, directions * hidden * 4)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """(G, B·T, N·H·4): the inputs' part of the sums of all steps, one batched product."""
+    groups, inputs, _ = weight.shape
+    return torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight)
 
 
 def _launch_config(
@@ -195,17 +211,16 @@ def forward(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
-    nothing = x.new_empty(0, dtype=dtype)
     y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
     h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
-    c_last = torch.empty_like(h_last) if lstm else nothing
-    gates = extra = None
+    c_last = torch.empty_like(h_last) if lstm else x.new_empty(0, dtype=dtype)
+    gates = cell = None
     if not fused:
-        gates = _project(x, weight_ih, dtype)
+        gates = project(x, quad_weight(weight_ih, hidden, dtype)).view(groups, batch * length, directions, hidden, 4)
     elif keep == KEEP_GATES:
-        gates = x.new_empty(groups, batch * length, weight_ih.shape[2] * directions, dtype=dtype)
-    if keep == KEEP_GATES or (keep == KEEP_LITTLE and fused and lstm):
-        extra = x.new_empty(groups, batch * length, directions * hidden, dtype=dtype)
+        gates = x.new_empty(groups, batch * length, directions, hidden, 4, dtype=dtype)
+    if keeps_cell(keep, fused, lstm):
+        cell = x.new_empty(groups, batch * length, directions, hidden, dtype=dtype)
     tile = tile_of(groups, inputs, hidden)
     config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
     grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
@@ -218,8 +233,8 @@ def forward(
             bias_hh_ptr=bias_hh,
             h_first_ptr=h_first,
             c_first_ptr=c_first,
-            gates_ptr=gates,
-            extra_ptr=extra,
+            gates_ptr=None if gates is None else gates.view(torch.int64),
+            cell_ptr=cell,
             y_ptr=y,
             h_last_ptr=h_last,
             c_last_ptr=c_last if lstm else None,
@@ -237,4 +252,6 @@ def forward(
             STAGES=config.num_stages,
             **config.keywords(),
         )
-    return y, h_last, c_last, gates if keep == KEEP_GATES else nothing, nothing if extra is None else extra
+    if gates is None or keep != KEEP_GATES:
+        gates = x.new_empty(0, dtype=dtype)
+    return y, h_last, c_last, gates, x.new_empty(0, dtype=dtype) if cell is None else cell

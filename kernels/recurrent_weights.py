@@ -18,7 +18,6 @@ SLICES = 32  # at most: 48 tiles × 32 slices are 11 waves of 132 multiprocessor
 @triton.jit(do_not_specialize=["batch", "length", "groups", "slice_rows"])
 def _recurrent_weight_gradient_kernel(
     grad_sums_ptr,
-    grad_extra_ptr,
     operand_ptr,
     h_first_ptr,
     partial_ptr,
@@ -46,7 +45,11 @@ def _recurrent_weight_gradient_kernel(
     columns = tl.cdiv(K, BLOCK_K)
     offs_n = tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(0) % columns * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask_n = offs_n < SUMS * H
+    gate = offs_n % 4
+    mask_n = offs_n < 4 * H
+    if SUMS == 3:  # a GRU's U_n h has a gradient of its own, the fourth; W_n x has the third
+        mask_n &= gate != (2 if STATE else 3)
+        gate = tl.minimum(gate, 2)
     mask_k = offs_k < K
     rows = batch.to(tl.int64) * length
     begin = tl.program_id(2).to(tl.int64) * slice_rows
@@ -60,14 +63,8 @@ def _recurrent_weight_gradient_kernel(
         mask_m = offs_m < end
         b = offs_m // length
         t = offs_m % length
-        kept_row = (group * rows + offs_m) * DIRECTIONS + direction
-        grad_ptrs = grad_sums_ptr + kept_row[None, :] * (SUMS * H) + offs_n[:, None]
-        if STATE and grad_extra_ptr is not None:  # a GRU's U_n h has a gradient of its own
-            grad = tl.load(grad_ptrs, mask=mask_m[None, :] & (offs_n < 2 * H)[:, None], other=0.0)
-            extra_ptrs = grad_extra_ptr + kept_row[None, :] * H + (offs_n - 2 * H)[:, None]
-            grad += tl.load(extra_ptrs, mask=mask_m[None, :] & ((offs_n >= 2 * H) & mask_n)[:, None], other=0.0)
-        else:
-            grad = tl.load(grad_ptrs, mask=mask_m[None, :] & mask_n[:, None], other=0.0)
+        grad_ptrs = grad_sums_ptr + ((group * rows + offs_m) * DIRECTIONS + direction)[None, :] * (4 * H) + offs_n[:, None]
+        grad = tl.load(grad_ptrs, mask=mask_m[None, :] & (offs_n < 4 * H)[:, None], other=0.0)
         if STATE:
             t -= before
         there = mask_m & (t >= 0) & (t < length)
@@ -80,7 +77,7 @@ def _recurrent_weight_gradient_kernel(
         total = tl.dot(grad, operand, total, input_precision=PRECISION)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
-    index = (pair * SUMS * H + offs_n)[:, None] * K + offs_k[None, :]
+    index = ((pair * SUMS + gate) * H + offs_n // 4)[:, None] * K + offs_k[None, :]
     tl.store(ptr + index, total, mask=mask_n[:, None] & mask_k[None, :])
 
 
@@ -93,7 +90,6 @@ def weight_gradients(
     y: Tensor,
     h_first: Tensor | None,
     grad_sums: Tensor,
-    grad_extra: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     precision: str,
@@ -110,10 +106,9 @@ def weight_gradients(
         (x, inputs, None, partial),
         (y, hidden, h_first, partial[:, weight_ih.numel() :]),
     ):
-        tiles = triton.cdiv(rows, config["BLOCK_N"]) * triton.cdiv(size, config["BLOCK_K"])
+        tiles = triton.cdiv(4 * hidden, config["BLOCK_N"]) * triton.cdiv(size, config["BLOCK_K"])
         _recurrent_weight_gradient_kernel[(tiles, directions * groups, slices)](
             grad_sums_ptr=grad_sums,
-            grad_extra_ptr=grad_extra,
             operand_ptr=operand,
             h_first_ptr=first,
             partial_ptr=out,
