@@ -7,7 +7,6 @@ from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import (
     activate,
     across,
-    as_word,
     input_sums,
     load_biases,
     load_float,
@@ -132,51 +131,63 @@ def _grouped_rnn_backward_kernel(
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
-    if LSTM:
-        c_prev = load_padded(cell_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_c_t, mask_u, UNITS != H)
-    if grad_c_last_ptr is not None:
-        grad_c = load_float(grad_c_last_ptr + state_index, mask)
     if grad_h_last_ptr is not None:
         grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
+    if grad_c_last_ptr is not None:
+        grad_c = load_float(grad_c_last_ptr + state_index, mask)
     if h_first_ptr is not None:
         h_first = load_float(h_first_ptr + state_index, mask).to(DTYPE)
         if LSTM:
             c_first = load_float(c_first_ptr + state_index, mask).to(DTYPE)
+    if LSTM:
+        c_prev = load_padded(cell_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_c_t, mask_u, UNITS != H)
 
-    # Whatever of a step does not wait for the one after it (its gates, h_{s-1}, x, ∂y) is made one turn ahead. The
-    # first turn only does that: it works on a step without gradient and with a forget gate of 1.
-    grad_y = tl.zeros(SHAPE, DTYPE)
-    h_prev = tl.zeros(SHAPE, DTYPE)
+    # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
+    # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
+    last = length - 1
     if AGAIN:
+        last = length
         g0 = tl.zeros(SHAPE, tl.float32)
         g1 = g0 + 1.0
         g2 = g0
         g3 = g0
-    else:
-        low = tl.zeros(SHAPE, tl.int64) + (as_word(tl.full((1, 1), 1.0, tl.float32), 32 if WORDS == 2 else 16, DTYPE))
-        high = tl.zeros(SHAPE, tl.int64)
-    tanh_c = tl.zeros(SHAPE, tl.float32)
-    if FUSED:
+        h_prev = tl.zeros(SHAPE, DTYPE)
         x = tl.zeros(X_SHAPE, DTYPE)
-    for turn in tl.range(0, length + 1, num_stages=STAGES):
-        s = length - turn
+        if LSTM:
+            c = tl.zeros(SHAPE, DTYPE)
+    elif LSTM:
+        c = c_prev
+    for turn in tl.range(0, last + 1, num_stages=STAGES):
+        s = last - turn
         t = (start + s * step).to(tl.int64)
-        t_ahead = (start + tl.maximum(s - 1, 0) * step).to(tl.int64)
-        t_before = (start + tl.maximum(s - 2, 0) * step).to(tl.int64)
-        grad_y_ahead = tl.load(grad_y_ptrs + t_ahead * stride_y_t, mask=mask, other=0.0)
-        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & (s > 1), other=0.0)
+        prepared = s - 1 if AGAIN else s
+        t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
+        t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
+        later = prepared > 0  # than the first step, whose state comes from outside
+        grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
+        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
+        if h_first_ptr is not None:
+            h_before = tl.where(later, h_before, h_first)
         if FUSED:
-            x_ahead = load_padded(x_ptrs + t_ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+            x_ahead = load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I).to(DTYPE)
         if LSTM:
-            c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & (s > 1), other=0.0)
+            c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
+            if c_first_ptr is not None:
+                c_before = tl.where(later, c_before, c_first)
         if not AGAIN:
-            low_ahead, high_ahead = load_quads(gates_ptrs + t_ahead * stride_g_t, mask_u, UNITS != H, DTYPE)
-
-        # Step s.
-        grad_h += grad_y.to(tl.float32)
-        if not AGAIN:
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)
+            h_prev = h_before
+            if FUSED:
+                x = x_ahead
+            if LSTM:
+                c_prev = c_before
+
+        if grad_h_last_ptr is not None:
+            grad_y = tl.where(s == length - 1, grad_y + grad_h_last, grad_y)
+        grad_h += grad_y
         if LSTM:
+            tanh_c = tanh(c.to(tl.float32), ACTIVATION)
             grad_c += grad_h * g3 * (1.0 - tanh_c * tanh_c)
             d0 = grad_c * g2 * g0 * (1.0 - g0)
             d1 = grad_c * c_prev.to(tl.float32) * g1 * (1.0 - g1)
@@ -213,35 +224,25 @@ def _grouped_rnn_backward_kernel(
                 grad_x = product(e3, w_back[3], grad_x, TRANSPOSED, PRECISION)
                 grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
                 grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
-            tl.store(grad_x_ptrs + t * (groups * I), grad_x, mask=inside & mask_i & (turn > 0))
+            tl.store(grad_x_ptrs + t * (groups * I), grad_x, mask=inside & mask_i & (s < length))
             if bias_ih_ptr is not None:
                 grad_b0 += d0
                 grad_b1 += d1
                 grad_b2 += d2
                 grad_b3 += d3
         else:
-            store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (turn > 0), DTYPE)
+            store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
 
-        # What step s - 1 needs.
-        if h_first_ptr is not None:
-            h_before = tl.where(s > 1, h_before, h_first)
-            if LSTM:
-                c_before = tl.where(s > 1, c_before, c_first)
         if LSTM:
-            tanh_c = tanh(c_prev.to(tl.float32), ACTIVATION)
-            c_prev = c_before
+            c = c_prev
         if AGAIN:
             sums = input_sums(x_ahead, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
             sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
             g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
-        else:
-            low, high = low_ahead, high_ahead
-        grad_y = grad_y_ahead
-        if grad_h_last_ptr is not None:
-            grad_y = tl.where(turn == 0, (grad_y.to(tl.float32) + grad_h_last), grad_y).to(DTYPE)
-        h_prev = h_before
-        if FUSED:
+            h_prev = h_before
             x = x_ahead
+            if LSTM:
+                c_prev = c_before
 
     if grad_h_first_ptr is not None:
         tl.store(grad_h_first_ptr + state_index, grad_h, mask=mask)

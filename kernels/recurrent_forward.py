@@ -112,14 +112,13 @@ def _grouped_rnn_forward_kernel(
     if FUSED:
         x = load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I).to(DTYPE)
         s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
-    else:
-        low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
-        ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
+        t = (start + s * step).to(tl.int64)
         if FUSED:
+            ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
             x = load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
         else:
-            low_ahead, high_ahead = load_quads(gates_ptrs + ahead * stride_g_t, mask_u, UNITS != H, DTYPE)
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             s0, s1, s2, s3 = unpack(low, high, DTYPE)
             s0 += biases[0]
             s1 += biases[1]
@@ -139,9 +138,6 @@ def _grouped_rnn_forward_kernel(
             tl.store(cell_ptrs + t * stride_c_t, c, mask=mask)
         if FUSED:
             s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
-        else:
-            low, high = low_ahead, high_ahead
-        t = ahead
     tl.store(h_last_ptr + state_index, h, mask=mask)
     if LSTM:
         tl.store(c_last_ptr + state_index, c, mask=mask)
