@@ -6,6 +6,7 @@ DOC
 import torch
 from torch import Tensor
 
+from fastblocks.kernels import launch
 from fastblocks.kernels.recurrent_backward import backward
 from fastblocks.kernels.recurrent_forward import (
     KEEP_GATES,
@@ -15,9 +16,8 @@ from fastblocks.kernels.recurrent_forward import (
     keeps_cell,
     sizes_of,
 )
+from fastblocks.kernels.runtime import architecture
 
-# Above this W_hh (GRU, 16 bits: 98 KB at 128, 393 KB at 256) no longer stays on the chip through the time loop.
-LARGEST_HIDDEN = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,17 +29,19 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *others: Tensor | None) -> str:
-    """Why these kernels do not take a call, or an empty string. `others` are biases and states."""
+def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *rest: Tensor | None) -> str:
+    """Why these kernels do not take a call, or an empty string. The rest are biases and states, where given."""
     dtype = compute_dtype(x)
-    if dtype not in DTYPES:
-        return f"no kernel for {str(dtype).removeprefix('torch.')}"
-    tensors = [t for t in (weight_ih, weight_hh, *others[:2]) if t is not None]
-    if any(t.dtype not in DTYPES for t in tensors) or (dtype == x.dtype and any(t.dtype != dtype for t in tensors)):
-        return "inputs and weights differ in dtype"
-    hidden = weight_hh.shape[3]
-    if hidden > LARGEST_HIDDEN:
-        return f"hidden size {hidden} > {LARGEST_HIDDEN}: its weights do not fit on the chip, the library streams them better"
+    tensors = [t for t in (weight_ih, weight_hh, *rest) if t is not None]
+    if dtype not in DTYPES or any(t.dtype not in DTYPES for t in tensors):
+        return "no kernel for float64"
+    if dtype == x.dtype and any(t.dtype != dtype for t in tensors[:2]) and not torch.is_autocast_enabled(x.device.type):
+        return "input and weights differ in dtype"
+    if any(t.device != x.device for t in tensors):
+        return "the tensors are not on one device"
+    hidden, largest = weight_hh.shape[3], launch.recurrent_largest(architecture(x.device), dtype == torch.float32)
+    if hidden > largest:
+        return f"hidden size {hidden} is over {largest}: weights that do not stay on the chip are the library's strength"
     return ""
 
 
@@ -72,12 +74,13 @@ def grouped_lstm(
 
 def _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, keep_gates):
     inputs = (x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first)
+    dtype = compute_dtype(x)
     keep = KEEP_NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         if keep_gates is None:  # by bytes: see above
-            keep_gates = not sizes_of(x, weight_ih, weight_hh)[-1]
+            keep_gates = not sizes_of(x, weight_ih, weight_hh, dtype)[-1]
         keep = KEEP_GATES if keep_gates else KEEP_LITTLE
-    return _forward_op(*inputs, compute_dtype(x), keep)
+    return _forward_op(*inputs, dtype, keep)
 
 
 _library = torch.library.Library("fastblocks", "FRAGMENT")
@@ -108,7 +111,7 @@ def _backward_impl(*tensors):
 
 
 def _forward_fake(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep):
-    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
+    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, dtype)
     state = (directions, batch, groups * hidden)
     gates = (groups, batch * length, directions, hidden, 4)
     return (
@@ -146,7 +149,7 @@ class _GroupedRNN(torch.autograd.Function):
     def backward(ctx, grad_y, grad_h_last, grad_c_last, *_):
         *inputs, y, gates, cell = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*_differentiable_backward((grad_y, grad_h_last, grad_c_last), inputs, ctx.needs_input_grad), None, None)
+            return (*_differentiable_backward((grad_y, grad_h_last, grad_c_last), inputs, y.dtype), None, None)
         grad_x, flat, grad_h, grad_c = _backward_op(grad_y, grad_h_last, grad_c_last, *inputs, y, gates, cell)
         weights = iter(flat.split([t.numel() for t in inputs[1:5] if t is not None]))
         grads = [None if t is None else next(weights).view(t.shape) for t in inputs[1:5]]
@@ -154,9 +157,24 @@ class _GroupedRNN(torch.autograd.Function):
         return grad_x, *grads, *states, None, None
 
 
-def _differentiable_backward(grads, inputs, wanted):
-    """The same gradients by a formula that autograd can see through, for derivatives of derivatives."""
-    raise NotImplementedError
+def _differentiable_backward(
+    grads: tuple[Tensor | None, ...], inputs: list[Tensor | None], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """The same gradients by formulas that autograd can see through, for derivatives of derivatives."""
+    from fastblocks.eager import recurrent as eager  # looks up, not down, for the one thing that no kernel does
+
+    with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):  # cuDNN's has no second derivative
+        inputs = [None if t is None else t.view_as(t) for t in inputs]  # one tensor may stand in two places
+        *weights, h_first, c_first = [None if t is None else t.to(dtype) for t in inputs]
+        if weights[1].shape[2] == 4 * weights[2].shape[3]:
+            y, last = eager.grouped_lstm(*weights, None if h_first is None else (h_first, c_first))
+        else:
+            y, *last = eager.grouped_gru(*weights, h_first)
+        outputs = [(out, grad) for out, grad in zip((y, *last), grads, strict=False) if grad is not None]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        outs, grad_outs = zip(*outputs, strict=True)
+        results = iter(torch.autograd.grad(outs, wanted, grad_outs, create_graph=True, allow_unused=True))
+    return [next(results) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def _autograd(*arguments):

@@ -22,9 +22,9 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.recurrent_forward import KEEP_GATES, forward, precision_of, quad_weight, sizes_of, tile_of
+from fastblocks.kernels.recurrent_forward import KEEP_GATES, at_least, forward, precision_of, quad_weight, sizes_of, tile_of
 from fastblocks.kernels.recurrent_weights import weight_gradients
-from fastblocks.kernels.runtime import architecture, tl, triton
+from fastblocks.kernels.runtime import tl, triton
 
 
 @triton.jit(do_not_specialize=["batch", "length", "groups"])
@@ -263,10 +263,8 @@ def _grouped_rnn_backward_kernel(
             store_biases(ptr + index, H, offs_u % UNITS < H, grads, LSTM, TRANSPOSED)
 
 
-def _launch_config(
-    device: torch.device, hidden: int, lstm: bool, fused: bool, dtype: torch.dtype
-) -> launch.LaunchConfig:
-    return launch.recurrent(architecture(device), True, hidden, lstm, fused, dtype)
+def _launch_config(units: int, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, True, fused, dtype == torch.float32))
 
 
 def backward(
@@ -284,8 +282,8 @@ def backward(
     gates: Tensor,
     cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
-    dtype, rows = y.dtype, weight_ih.shape[2]
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, y.dtype)
+    dtype = y.dtype
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
     again = gates.numel() == 0
     if again and not fused:
@@ -294,7 +292,7 @@ def backward(
         )
         again = False
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], fused, dtype)
     tiles = triton.cdiv(batch, config["BLOCK_B"])
     shapes = (weight_ih.shape, weight_hh.shape) + ((bias_ih.shape, bias_hh.shape) if bias_ih is not None else ())
     grad_x = grad_sums = partial = None

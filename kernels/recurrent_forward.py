@@ -18,11 +18,14 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.runtime import INTERPRETED, architecture, tl, triton
+from fastblocks.kernels.runtime import INTERPRETED, tl, triton
 
-# Up to here a program holds W_ih, W_hh, and in the backward pass both their transposes and their gradients, in
-# registers (H = I = 32: 4 warps of up to 230 registers): the projection and all gradients are made in the loop.
-FUSED_LIMIT = 32
+# Up to here (16 bits; float32) the projection of x and all gradients are made inside the time loop: W_ih, W_hh, their
+# transposes and the sums of their gradients fit one program, and no gate or gradient of one travels through memory.
+FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
+
+# Columns of the smallest product: Triton before 3.6 takes 16.
+LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 16
 
 # What the forward pass keeps for the backward one.
 KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
@@ -162,12 +165,15 @@ def precision_of(dtype: torch.dtype) -> dict[str, str]:
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
-def sizes_of(x: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> tuple[int, int, int, int, int, int, bool, bool]:
+def sizes_of(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, dtype: torch.dtype
+) -> tuple[int, int, int, int, int, int, bool, bool]:
+    """B, T, N, G, I, H; whether this is an LSTM; whether the projection is fused into the loop."""
     batch, length, _ = x.shape
     directions, groups, rows, inputs = weight_ih.shape
     hidden = weight_hh.shape[3]
-    fused = inputs <= FUSED_LIMIT and hidden <= FUSED_LIMIT
-    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
+    limit = FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT
+    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, max(inputs, hidden) <= limit
 
 
 def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
@@ -189,10 +195,15 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight)
 
 
-def _launch_config(
-    device: torch.device, hidden: int, lstm: bool, fused: bool, dtype: torch.dtype
-) -> launch.LaunchConfig:
-    return launch.recurrent(architecture(device), False, hidden, lstm, fused, dtype)
+def _launch_config(units: int, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, False, fused, dtype == torch.float32))
+
+
+def at_least(config: launch.LaunchConfig) -> launch.LaunchConfig:
+    """The configuration with as many rows of batch as this Triton takes."""
+    if config["BLOCK_B"] >= LEAST_COLUMNS:
+        return config
+    return launch.config(config.num_warps, config.num_stages, **{**dict(config.blocks), "BLOCK_B": LEAST_COLUMNS})
 
 
 def forward(
@@ -206,7 +217,7 @@ def forward(
     dtype: torch.dtype,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh)
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, dtype)
     y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
     h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
     c_last = torch.empty_like(h_last) if lstm else x.new_empty(0, dtype=dtype)
@@ -218,7 +229,7 @@ def forward(
     if keeps_cell(keep, fused, lstm):
         cell = x.new_empty(groups, batch * length, directions, hidden, dtype=dtype)
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(x.device, tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], fused, dtype)
     grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
     with torch.cuda.device_of(x):
         _grouped_rnn_forward_kernel[grid](

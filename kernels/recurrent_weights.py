@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
-from fastblocks.kernels.runtime import architecture, tl, triton
+from fastblocks.kernels.runtime import tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
 SLICES = 32  # at most: 48 tiles × 32 slices are 11 waves of 132 multiprocessors at H 128, G 4
@@ -81,8 +81,8 @@ def _recurrent_weight_gradient_kernel(
     tl.store(ptr + index, total, mask=mask_n[:, None] & mask_k[None, :])
 
 
-def _launch_config(device: torch.device, dtype: torch.dtype) -> launch.LaunchConfig:
-    return launch.recurrent_weights(architecture(device), dtype)
+def _launch_config() -> launch.LaunchConfig:
+    return launch.RECURRENT_WEIGHTS
 
 
 def weight_gradients(
@@ -101,7 +101,7 @@ def weight_gradients(
     slices = min(SLICES, triton.cdiv(batch * length, SLICE))
     slice_rows = triton.cdiv(batch * length, slices)
     partial = x.new_empty(slices, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
-    config = _launch_config(x.device, y.dtype)
+    config = _launch_config()
     for operand, size, first, out in (
         (x, inputs, None, partial),
         (y, hidden, h_first, partial[:, weight_ih.numel() :]),
