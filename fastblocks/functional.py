@@ -277,7 +277,9 @@ def grouped_lstm(
     for part in state or (None,):
         _check_recurrent("grouped_lstm", 4, x, weight_ih, weight_hh, bias_ih, bias_hh, part)
     parts = state or ()
-    if backend.decide("grouped_lstm", x, lambda: _recurrent_obstacle(x, weight_ih, weight_hh, bias_ih, bias_hh, *parts)):
+    if backend.decide(
+        "grouped_lstm", x, lambda: _recurrent_obstacle(x, weight_ih, weight_hh, bias_ih, bias_hh, *parts)
+    ):
         from fastblocks.kernels import recurrent
 
         return recurrent.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)

@@ -9,7 +9,10 @@ TRANSPOSED tiles have the batch in columns: the weights are then the first opera
 fill a tensor core's instruction instead of 16.
 """
 
+from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import tl, triton
+
+INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 @triton.jit
@@ -75,12 +78,12 @@ def load_weights(
     """The tiles of all gates, block-diagonal: [units, k], or [k, units]."""
     SUMS: tl.constexpr = 4 if LSTM else 3
     index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, UNITS_FIRST)
-    w0 = tl.load(ptr + index, mask=mask, other=0.0).to(DTYPE)
-    w1 = tl.load(ptr + index + H * K, mask=mask, other=0.0).to(DTYPE)
-    w2 = tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0).to(DTYPE)
+    w0 = narrow(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
+    w1 = narrow(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
+    w2 = narrow(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
     w3 = w2
     if LSTM:
-        w3 = tl.load(ptr + index + 3 * H * K, mask=mask, other=0.0).to(DTYPE)
+        w3 = narrow(tl.load(ptr + index + 3 * H * K, mask=mask, other=0.0), DTYPE)
     return w0, w1, w2, w3
 
 
@@ -154,7 +157,7 @@ def as_word(values, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         bits = values.to(tl.uint32, bitcast=True)
     else:
-        bits = values.to(DTYPE).to(tl.uint16, bitcast=True)
+        bits = narrow(values, DTYPE).to(tl.uint16, bitcast=True)
     return bits.to(tl.int64) << SHIFT
 
 
@@ -169,21 +172,41 @@ def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a · b. The interpreter multiplies the bits of bfloat16 as integers, so there operands are widened."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
 def product(activations, weights, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """sums + activations · weights; transposed: sums + weights · activations."""
     if TRANSPOSED:
-        return tl.dot(weights, activations, sums, input_precision=PRECISION)
+        return multiply(weights, activations, sums, PRECISION)
     else:
-        return tl.dot(activations, weights, sums, input_precision=PRECISION)
+        return multiply(activations, weights, sums, PRECISION)
 
 
 @triton.jit
 def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """sums + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
     if TRANSPOSED:
-        return tl.dot(left, tl.trans(right), sums, input_precision=PRECISION)
+        return multiply(left, tl.trans(right), sums, PRECISION)
     else:
-        return tl.dot(tl.trans(left), right, sums, input_precision=PRECISION)
+        return multiply(tl.trans(left), right, sums, PRECISION)
 
 
 @triton.jit

@@ -41,7 +41,9 @@ def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *rest: Tensor | No
         return "the tensors are not on one device"
     hidden, largest = weight_hh.shape[3], launch.recurrent_largest(architecture(x.device), dtype == torch.float32)
     if hidden > largest:
-        return f"hidden size {hidden} is over {largest}: weights that do not stay on the chip are the library's strength"
+        return (
+            f"hidden size {hidden} is over {largest}: weights that do not stay on the chip are the library's strength"
+        )
     return ""
 
 

@@ -13,6 +13,7 @@ from fastblocks.kernels._recurrent import (
     load_padded,
     load_quads,
     load_weights,
+    narrow,
     outer_product,
     product,
     state_sums,
@@ -22,7 +23,15 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.recurrent_forward import KEEP_GATES, at_least, forward, precision_of, quad_weight, sizes_of, tile_of
+from fastblocks.kernels.recurrent_forward import (
+    KEEP_GATES,
+    at_least,
+    forward,
+    precision_of,
+    quad_weight,
+    sizes_of,
+    tile_of,
+)
 from fastblocks.kernels.recurrent_weights import weight_gradients
 from fastblocks.kernels.runtime import tl, triton
 
@@ -136,9 +145,9 @@ def _grouped_rnn_backward_kernel(
     if grad_c_last_ptr is not None:
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
     if h_first_ptr is not None:
-        h_first = load_float(h_first_ptr + state_index, mask).to(DTYPE)
+        h_first = narrow(load_float(h_first_ptr + state_index, mask), DTYPE)
         if LSTM:
-            c_first = load_float(c_first_ptr + state_index, mask).to(DTYPE)
+            c_first = narrow(load_float(c_first_ptr + state_index, mask), DTYPE)
     if LSTM:
         c_prev = load_padded(cell_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_c_t, mask_u, UNITS != H)
 
@@ -169,7 +178,7 @@ def _grouped_rnn_backward_kernel(
         if h_first_ptr is not None:
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
-            x_ahead = load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I).to(DTYPE)
+            x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
         if LSTM:
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
@@ -201,10 +210,10 @@ def _grouped_rnn_backward_kernel(
             d0 = d2 * g3 * g0 * (1.0 - g0)
             d3 = d2 * g0
             carried = grad_h * g1
-        e0 = d0.to(DTYPE)
-        e1 = d1.to(DTYPE)
-        e2 = d2.to(DTYPE)
-        e3 = d3.to(DTYPE)
+        e0 = narrow(d0, DTYPE)
+        e1 = narrow(d1, DTYPE)
+        e2 = narrow(d2, DTYPE)
+        e3 = narrow(d3, DTYPE)
         grad_h = product(e1, u_back[1], carried, TRANSPOSED, PRECISION)
         grad_h = product(e3, u_back[3], grad_h, TRANSPOSED, PRECISION)
         grad_h = product(e0, u_back[0], grad_h, TRANSPOSED, PRECISION)
@@ -224,7 +233,11 @@ def _grouped_rnn_backward_kernel(
                 grad_x = product(e3, w_back[3], grad_x, TRANSPOSED, PRECISION)
                 grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
                 grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
-            tl.store(grad_x_ptrs + t * (groups * I), grad_x, mask=inside & mask_i & (s < length))
+            tl.store(
+                grad_x_ptrs + t * (groups * I),
+                narrow(grad_x, grad_x_ptr.dtype.element_ty),
+                mask=inside & mask_i & (s < length),
+            )
             if bias_ih_ptr is not None:
                 grad_b0 += d0
                 grad_b1 += d1
@@ -342,7 +355,9 @@ def backward(
         grad_weights = partial.sum(0)
     else:
         weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
-        grad_x = torch.bmm(grad_sums.view(groups, batch * length, -1), weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
+        grad_x = (
+            torch.bmm(grad_sums.view(groups, batch * length, -1), weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
+        )
         precision = precision_of(dtype)["PRECISION"]
         grad_weights = weight_gradients(x, y, h_first, grad_sums, weight_ih, weight_hh, precision)
         if bias_ih is not None:

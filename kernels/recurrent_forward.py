@@ -13,6 +13,7 @@ from fastblocks.kernels._recurrent import (
     load_padded,
     load_quads,
     load_weights,
+    narrow,
     state_sums,
     store_quads,
     tanh,
@@ -113,13 +114,14 @@ def _grouped_rnn_forward_kernel(
     # the projection is a product of its own, loaded) during step s.
     t = start.to(tl.int64)
     if FUSED:
-        x = load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I).to(DTYPE)
+        x = narrow(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
         s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    rounded = narrow(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
         if FUSED:
             ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
-            x = load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I).to(DTYPE)
+            x = narrow(load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I), DTYPE)
         else:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             s0, s1, s2, s3 = unpack(low, high, DTYPE)
@@ -127,23 +129,24 @@ def _grouped_rnn_forward_kernel(
             s1 += biases[1]
             s2 += biases[2]
             s3 += biases[3]
-        sums = state_sums(h.to(DTYPE), u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+        sums = state_sums(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
         g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
         if LSTM:
             c = g1 * c + g0 * g2
             h = g3 * tanh(c, ACTIVATION)
         else:
             h = g2 + g1 * (h - g2)
-        tl.store(y_ptrs + t * stride_y_t, h, mask=mask)
+        rounded = narrow(h, DTYPE)
+        tl.store(y_ptrs + t * stride_y_t, rounded, mask=mask)
         if KEEP:
             store_quads(gates_ptrs + t * stride_g_t, g0, g1, g2, g3, mask, DTYPE)
         if cell_ptr is not None:
-            tl.store(cell_ptrs + t * stride_c_t, c, mask=mask)
+            tl.store(cell_ptrs + t * stride_c_t, narrow(c, DTYPE), mask=mask)
         if FUSED:
             s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
-    tl.store(h_last_ptr + state_index, h, mask=mask)
+    tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
-        tl.store(c_last_ptr + state_index, c, mask=mask)
+        tl.store(c_last_ptr + state_index, narrow(c, DTYPE), mask=mask)
 
 
 def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import multiply, narrow
 from fastblocks.kernels.runtime import tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
@@ -63,18 +64,20 @@ def _recurrent_weight_gradient_kernel(
         mask_m = offs_m < end
         b = offs_m // length
         t = offs_m % length
-        grad_ptrs = grad_sums_ptr + ((group * rows + offs_m) * DIRECTIONS + direction)[None, :] * (4 * H) + offs_n[:, None]
+        grad_ptrs = (
+            grad_sums_ptr + ((group * rows + offs_m) * DIRECTIONS + direction)[None, :] * (4 * H) + offs_n[:, None]
+        )
         grad = tl.load(grad_ptrs, mask=mask_m[None, :] & (offs_n < 4 * H)[:, None], other=0.0)
         if STATE:
             t -= before
         there = mask_m & (t >= 0) & (t < length)
         ptrs = operand_ptr + (b * stride_b + t * stride_t)[:, None] + channel[None, :]
-        operand = tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0).to(DTYPE)
+        operand = narrow(tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0), DTYPE)
         if STATE and h_first_ptr is not None:
             ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
-            first = tl.load(ptrs, mask=(mask_m & ~there)[:, None] & mask_k[None, :], other=0.0).to(DTYPE)
+            first = narrow(tl.load(ptrs, mask=(mask_m & ~there)[:, None] & mask_k[None, :], other=0.0), DTYPE)
             operand = tl.where(there[:, None], operand, first)
-        total = tl.dot(grad, operand, total, input_precision=PRECISION)
+        total = multiply(grad, operand, total, PRECISION)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
     index = ((pair * SUMS + gate) * H + offs_n // 4)[:, None] * K + offs_k[None, :]
