@@ -63,7 +63,7 @@ class Discriminators(nn.Module):
 
     Args:
         nch: channels of the audio.
-        discriminators: modules that turn (B, nch, T) into (score, fmap).
+        discriminators: modules that turn (B, nch, T) into (score, fmap), and whose `shortest_clip` is the least T.
     """
 
     def __init__(self, nch: int, discriminators: list[nn.Module]):
@@ -81,6 +81,12 @@ class Discriminators(nn.Module):
         """
         if x.dim() != 3 or x.shape[1] != self.nch:
             raise ValueError(f"{type(self).__name__} needs audio of shape (B, {self.nch}, T), got {tuple(x.shape)}")
+        shortest = max(discriminator.shortest_clip for discriminator in self.discriminators)
+        if x.shape[2] < shortest:
+            raise ValueError(
+                f"{type(self).__name__}: {x.shape[2]} samples are too short, "
+                f"the shortest clip that works has {shortest}"
+            )
         scores, fmaps = [], []
         for discriminator in self.discriminators:
             score, fmap = discriminator(x)
@@ -102,6 +108,7 @@ class SpectrumDiscriminator(nn.Module):
         if window_length < 2 or hop_length < 1:
             raise ValueError(f"a window of {window_length} samples with a hop of {hop_length} is not possible")
         self.window_length, self.hop_length = window_length, hop_length
+        self.shortest_clip = window_length // 2 + 1  # a reflect pad of half a window on both sides
 
     def spectrum(self, x: Tensor) -> Tensor:
         """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in the weights' dtype."""
