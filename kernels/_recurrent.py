@@ -9,6 +9,8 @@ TRANSPOSED tiles have the batch in columns: the weights are then the first opera
 fill a tensor core's instruction instead of 16.
 """
 
+# ruff: noqa: RET505, SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import tl, triton
 

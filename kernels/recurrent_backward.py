@@ -1,12 +1,14 @@
 """The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `recurrent` tells the story."""
 
+# ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import (
-    activate,
     across,
+    activate,
     input_sums,
     load_biases,
     load_float,
@@ -60,8 +62,6 @@ def _grouped_rnn_backward_kernel(
     length,
     groups,
     partial_size,
-    stride_x_b,
-    stride_x_t,
     H: tl.constexpr,
     UNITS: tl.constexpr,
     I: tl.constexpr,
@@ -98,6 +98,7 @@ def _grouped_rnn_backward_kernel(
     member = group + across(offs_u // UNITS, TRANSPOSED)
     mask_u = unit < H
     mask = inside & mask_u
+    stride_x_t = groups * I
     stride_y_t = groups * DIRECTIONS * H
     stride_g_t = DIRECTIONS * H * WORDS
     stride_c_t = DIRECTIONS * H
@@ -116,8 +117,8 @@ def _grouped_rnn_backward_kernel(
         fan = across(offs_i % FANS, TRANSPOSED)
         mask_i = fan < I
         index_i = (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
-        x_ptrs = x_ptr + row * stride_x_b + index_i
-        grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * (groups * I) + index_i
+        x_ptrs = x_ptr + row * length * stride_x_t + index_i
+        grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * stride_x_t + index_i
         w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
         if AGAIN:
             w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
@@ -148,9 +149,6 @@ def _grouped_rnn_backward_kernel(
         h_first = narrow(load_float(h_first_ptr + state_index, mask), DTYPE)
         if LSTM:
             c_first = narrow(load_float(c_first_ptr + state_index, mask), DTYPE)
-    if LSTM:
-        c_prev = load_padded(cell_ptrs + (start + (length - 1) * step).to(tl.int64) * stride_c_t, mask_u, UNITS != H)
-
     # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
     # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
     last = length - 1
@@ -163,9 +161,7 @@ def _grouped_rnn_backward_kernel(
         h_prev = tl.zeros(SHAPE, DTYPE)
         x = tl.zeros(X_SHAPE, DTYPE)
         if LSTM:
-            c = tl.zeros(SHAPE, DTYPE)
-    elif LSTM:
-        c = c_prev
+            c_prev = tl.zeros(SHAPE, DTYPE)
     for turn in tl.range(0, last + 1, num_stages=STAGES):
         s = last - turn
         t = (start + s * step).to(tl.int64)
@@ -179,7 +175,8 @@ def _grouped_rnn_backward_kernel(
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
             x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
-        if LSTM:
+        if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
+            c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
                 c_before = tl.where(later, c_before, c_first)
@@ -234,7 +231,7 @@ def _grouped_rnn_backward_kernel(
                 grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
                 grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
             tl.store(
-                grad_x_ptrs + t * (groups * I),
+                grad_x_ptrs + t * stride_x_t,
                 narrow(grad_x, grad_x_ptr.dtype.element_ty),
                 mask=inside & mask_i & (s < length),
             )
@@ -246,8 +243,6 @@ def _grouped_rnn_backward_kernel(
         else:
             store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
 
-        if LSTM:
-            c = c_prev
         if AGAIN:
             sums = input_sums(x_ahead, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
             sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
@@ -340,8 +335,6 @@ def backward(
             length=length,
             groups=groups,
             partial_size=0 if partial is None else partial.shape[1],
-            stride_x_b=x.stride(0),
-            stride_x_t=x.stride(1),
             DIRECTIONS=directions,
             LSTM=lstm,
             FUSED=fused,

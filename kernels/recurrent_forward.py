@@ -1,12 +1,14 @@
 """The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `recurrent` tells the whole story."""
 
+# ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import (
-    activate,
     across,
+    activate,
     input_sums,
     load_biases,
     load_float,
@@ -49,8 +51,6 @@ def _grouped_rnn_forward_kernel(
     batch,
     length,
     groups,
-    stride_x_b,
-    stride_x_t,
     H: tl.constexpr,
     UNITS: tl.constexpr,
     I: tl.constexpr,
@@ -84,6 +84,7 @@ def _grouped_rnn_forward_kernel(
     mask_u = unit < H
     mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
     channel = (member * DIRECTIONS + direction) * H + unit
+    stride_x_t = groups * I
     stride_y_t = groups * DIRECTIONS * H
     stride_g_t = DIRECTIONS * H * WORDS
     stride_c_t = DIRECTIONS * H
@@ -94,7 +95,7 @@ def _grouped_rnn_forward_kernel(
         offs_i = tl.arange(0, PACK * FANS)
         fan = across(offs_i % FANS, TRANSPOSED)
         mask_i = fan < I
-        x_ptrs = x_ptr + row * stride_x_b + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        x_ptrs = x_ptr + row * length * stride_x_t + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
         w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
     if gates_ptr is not None:
         gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
@@ -251,8 +252,6 @@ def forward(
             batch=batch,
             length=length,
             groups=groups,
-            stride_x_b=x.stride(0),
-            stride_x_t=x.stride(1),
             DIRECTIONS=directions,
             LSTM=lstm,
             FUSED=fused,
