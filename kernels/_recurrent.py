@@ -213,15 +213,16 @@ def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def input_sums(
-    x, weights, biases, SHAPE: tl.constexpr, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+    x, weights, SHAPE: tl.constexpr, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """What a step's input adds to the sums, biases included. A GRU's sum 3 has no input: its bias alone."""
-    s0 = product(x, weights[0], tl.broadcast_to(biases[0], SHAPE), TRANSPOSED, PRECISION)
-    s1 = product(x, weights[1], tl.broadcast_to(biases[1], SHAPE), TRANSPOSED, PRECISION)
-    s2 = product(x, weights[2], tl.broadcast_to(biases[2], SHAPE), TRANSPOSED, PRECISION)
-    s3 = tl.broadcast_to(biases[3], SHAPE)
+    """What a step's input adds to the sums; to a GRU's sum 3 nothing."""
+    nothing = tl.zeros(SHAPE, tl.float32)
+    s0 = product(x, weights[0], nothing, TRANSPOSED, PRECISION)
+    s1 = product(x, weights[1], nothing, TRANSPOSED, PRECISION)
+    s2 = product(x, weights[2], nothing, TRANSPOSED, PRECISION)
+    s3 = nothing
     if LSTM:
-        s3 = product(x, weights[3], s3, TRANSPOSED, PRECISION)
+        s3 = product(x, weights[3], nothing, TRANSPOSED, PRECISION)
     return s0, s1, s2, s3
 
 
@@ -247,13 +248,3 @@ def store_weights(ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.conste
     tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)
     if LSTM:
         tl.store(ptr + index + 3 * H * K, tiles[3], mask=mask)
-
-
-@triton.jit
-def store_biases(ptrs, H, mask, tiles, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Sums over the batch, gate by gate."""
-    tl.store(ptrs, tl.sum(tiles[0], 1 if TRANSPOSED else 0), mask=mask)
-    tl.store(ptrs + H, tl.sum(tiles[1], 1 if TRANSPOSED else 0), mask=mask)
-    tl.store(ptrs + 2 * H, tl.sum(tiles[2], 1 if TRANSPOSED else 0), mask=mask)
-    if LSTM:
-        tl.store(ptrs + 3 * H, tl.sum(tiles[3], 1 if TRANSPOSED else 0), mask=mask)

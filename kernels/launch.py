@@ -59,11 +59,12 @@ RECURRENT_BACKWARD = {
     64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
     128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),
 }
-# The weights' gradients are sums over the batch, the inner dimension of a product: 16 rows at least. At 32 units eight
-# tiles of gradients want 4 warps (1 to 2 spill), and 4 warps in a row share no work only with the units in columns.
+# By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
 RECURRENT_BACKWARD_FUSED = {
-    16: config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # GRU 171, LSTM 232 registers
-    32: config(4, 3, BLOCK_B=16, TRANSPOSED=0),  # GRU 164, LSTM 168
+    (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers, two groups of 8 units 254
+    (16, True): config(2, 2, BLOCK_B=16, TRANSPOSED=1),  # at one warp two groups of 8 units spill
+    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would repeat two others
+    (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0),
 }
 # Honest float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed
 # they take a third to a quarter of the loads. Warps are as many as keep the sums in registers.
@@ -75,12 +76,12 @@ RECURRENT_FLOAT32 = {
 RECURRENT_FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers
 
 
-def recurrent(units: int, backward: bool, fused: bool, float32: bool) -> LaunchConfig:
+def recurrent(units: int, lstm: bool, backward: bool, fused: bool, float32: bool) -> LaunchConfig:
     """A time loop's configuration."""
     if float32:
         return (RECURRENT_FLOAT32_BACKWARD_FUSED if backward and fused else RECURRENT_FLOAT32)[units]
     if backward:
-        return (RECURRENT_BACKWARD_FUSED if fused else RECURRENT_BACKWARD)[units]
+        return RECURRENT_BACKWARD_FUSED[units, lstm] if fused else RECURRENT_BACKWARD[units]
     return RECURRENT_FORWARD[units]
 
 

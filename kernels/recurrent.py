@@ -80,7 +80,7 @@ def _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, keep_gat
     keep = KEEP_NOTHING
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         if keep_gates is None:  # by bytes: see above
-            keep_gates = not sizes_of(x, weight_ih, weight_hh, dtype)[-1]
+            keep_gates = not sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)[-1]
         keep = KEEP_GATES if keep_gates else KEEP_LITTLE
     return _forward_op(*inputs, dtype, keep)
 
@@ -88,7 +88,8 @@ def _layer(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, keep_gat
 _library = torch.library.Library("fastblocks", "FRAGMENT")
 _library.define(
     "grouped_rnn(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h_first, "
-    "Tensor? c_first, ScalarType dtype, int keep) -> (Tensor y, Tensor h_last, Tensor c_last, Tensor gates, Tensor cell)"
+    "Tensor? c_first, ScalarType dtype, int keep) -> "
+    "(Tensor y, Tensor h_last, Tensor c_last, Tensor gates, Tensor cell)"
 )
 _library.define(
     "grouped_rnn_backward(Tensor? grad_y, Tensor? grad_h_last, Tensor? grad_c_last, Tensor x, Tensor weight_ih, "
@@ -113,7 +114,7 @@ def _backward_impl(*tensors):
 
 
 def _forward_fake(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep):
-    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, dtype)
+    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     state = (directions, batch, groups * hidden)
     gates = (groups, batch * length, directions, hidden, 4)
     return (

@@ -10,7 +10,6 @@ from fastblocks.kernels._recurrent import (
     across,
     activate,
     input_sums,
-    load_biases,
     load_float,
     load_padded,
     load_quads,
@@ -19,7 +18,6 @@ from fastblocks.kernels._recurrent import (
     outer_product,
     product,
     state_sums,
-    store_biases,
     store_quads,
     store_weights,
     tanh,
@@ -28,11 +26,13 @@ from fastblocks.kernels._recurrent import (
 from fastblocks.kernels.recurrent_forward import (
     KEEP_GATES,
     at_least,
+    compile_case,
     forward,
     precision_of,
     quad_weight,
     sizes_of,
     tile_of,
+    workloads,
 )
 from fastblocks.kernels.recurrent_weights import weight_gradients
 from fastblocks.kernels.runtime import tl, triton
@@ -46,15 +46,13 @@ def _grouped_rnn_backward_kernel(
     x_ptr,
     weight_ih_ptr,
     weight_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
     h_first_ptr,
     c_first_ptr,
     gates_ptr,
     cell_ptr,
     y_ptr,
     grad_x_ptr,
-    grad_sums_ptr,
+    grad_sums_words_ptr,
     partial_ptr,
     grad_h_first_ptr,
     grad_c_first_ptr,
@@ -123,7 +121,6 @@ def _grouped_rnn_backward_kernel(
         if AGAIN:
             w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
             u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
-            biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
         grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
         grad_w1 = grad_w0
         grad_w2 = grad_w0
@@ -132,12 +129,8 @@ def _grouped_rnn_backward_kernel(
         grad_u1 = grad_u0
         grad_u2 = grad_u0
         grad_u3 = grad_u0
-        grad_b0 = tl.zeros(SHAPE, tl.float32)
-        grad_b1 = grad_b0
-        grad_b2 = grad_b0
-        grad_b3 = grad_b0
     else:
-        grad_sums_ptrs = grad_sums_ptr + (kept_row * H + unit) * WORDS
+        grad_sums_ptrs = grad_sums_words_ptr + (kept_row * H + unit) * WORDS
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
@@ -145,10 +138,7 @@ def _grouped_rnn_backward_kernel(
         grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
     if grad_c_last_ptr is not None:
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
-    if h_first_ptr is not None:
-        h_first = narrow(load_float(h_first_ptr + state_index, mask), DTYPE)
-        if LSTM:
-            c_first = narrow(load_float(c_first_ptr + state_index, mask), DTYPE)
+
     # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
     # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
     last = length - 1
@@ -172,14 +162,14 @@ def _grouped_rnn_backward_kernel(
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
         h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
         if h_first_ptr is not None:
-            h_before = tl.where(later, h_before, h_first)
+            h_before += narrow(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
         if FUSED:
             x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
         if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
-                c_before = tl.where(later, c_before, c_first)
+                c_before += narrow(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
         if not AGAIN:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)
@@ -235,16 +225,11 @@ def _grouped_rnn_backward_kernel(
                 narrow(grad_x, grad_x_ptr.dtype.element_ty),
                 mask=inside & mask_i & (s < length),
             )
-            if bias_ih_ptr is not None:
-                grad_b0 += d0
-                grad_b1 += d1
-                grad_b2 += d2
-                grad_b3 += d3
         else:
             store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
 
         if AGAIN:
-            sums = input_sums(x_ahead, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            sums = input_sums(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
             sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
             g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
             h_prev = h_before
@@ -257,22 +242,15 @@ def _grouped_rnn_backward_kernel(
         if LSTM:
             tl.store(grad_c_first_ptr + state_index, grad_c, mask=mask)
     if FUSED:
-        # This tile's share of the weights' gradients: weight_ih, weight_hh, bias_ih, bias_hh one after another.
+        # This tile's share of the weights' gradients: weight_ih, then weight_hh.
         ptr = partial_ptr + tile.to(tl.int64) * partial_size
         store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
         ptr += groups * DIRECTIONS * SUMS * H * I
         store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
-        if bias_ih_ptr is not None:
-            ptr += groups * DIRECTIONS * SUMS * H * H
-            index = (first + offs_u // UNITS) * (SUMS * H) + offs_u % UNITS
-            store_biases(ptr + index, H, offs_u % UNITS < H, (grad_b0, grad_b1, grad_b2, grad_b3), LSTM, TRANSPOSED)
-            ptr += groups * DIRECTIONS * SUMS * H
-            grads = (grad_b0, grad_b1, grad_b2 if LSTM else grad_b3, grad_b3)
-            store_biases(ptr + index, H, offs_u % UNITS < H, grads, LSTM, TRANSPOSED)
 
 
-def _launch_config(units: int, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(launch.recurrent(units, True, fused, dtype == torch.float32))
+def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, lstm, True, fused, dtype == torch.float32))
 
 
 def backward(
@@ -290,7 +268,7 @@ def backward(
     gates: Tensor,
     cell: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, y.dtype)
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, y.dtype)
     dtype = y.dtype
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
     again = gates.numel() == 0
@@ -300,13 +278,12 @@ def backward(
         )
         again = False
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(tile["PACK"] * tile["UNITS"], fused, dtype)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
     tiles = triton.cdiv(batch, config["BLOCK_B"])
-    shapes = (weight_ih.shape, weight_hh.shape) + ((bias_ih.shape, bias_hh.shape) if bias_ih is not None else ())
     grad_x = grad_sums = partial = None
     if fused:
         grad_x = x.new_empty(directions, batch, length, groups * inputs)
-        partial = x.new_empty(tiles, sum(shape.numel() for shape in shapes), dtype=torch.float32)
+        partial = x.new_empty(tiles, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
     else:
         grad_sums = torch.empty_like(gates)
     grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
@@ -319,15 +296,13 @@ def backward(
             x_ptr=x,
             weight_ih_ptr=weight_ih,
             weight_hh_ptr=weight_hh,
-            bias_ih_ptr=bias_ih,
-            bias_hh_ptr=bias_hh,
             h_first_ptr=h_first,
             c_first_ptr=c_first,
             gates_ptr=None if again else gates.view(torch.int64),
             cell_ptr=cell if cell.numel() else None,
             y_ptr=y,
             grad_x_ptr=grad_x,
-            grad_sums_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
+            grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
             partial_ptr=partial,
             grad_h_first_ptr=grad_h_first,
             grad_c_first_ptr=grad_c_first,
@@ -364,3 +339,15 @@ def backward(
         x.new_empty(0) if grad_h_first is None else grad_h_first.to(h_first.dtype),
         x.new_empty(0) if grad_c_first is None else grad_c_first.to(c_first.dtype),
     )
+
+
+def aot_cases():
+    for label, dtype, element, fused, constants in workloads():
+        lstm = constants["LSTM"]
+        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
+        absent = ["grad_h_last_ptr", "grad_c_last_ptr", "h_first_ptr", "c_first_ptr"]
+        absent += ["grad_h_first_ptr", "grad_c_first_ptr"]
+        absent += ["gates_ptr", "grad_sums_words_ptr"] if fused else ["grad_x_ptr", "partial_ptr"]
+        absent += [] if lstm else ["cell_ptr"]
+        all_constants = {**constants, **dict.fromkeys(absent)}
+        yield compile_case(f"{label} backward", _grouped_rnn_backward_kernel, element, all_constants, config)

@@ -23,8 +23,9 @@ from fastblocks.kernels._recurrent import (
 )
 from fastblocks.kernels.runtime import INTERPRETED, tl, triton
 
-# Up to here (16 bits; float32) the projection of x and all gradients are made inside the time loop: W_ih, W_hh, their
-# transposes and the sums of their gradients fit one program, and no gate or gradient of one travels through memory.
+# Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
+# loop: the sums of the weights' gradients fit its registers, and no gate or gradient of one travels through memory.
+# Biases and the sums of their gradients are what an LSTM of 16 units has no registers left for.
 FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
 
 # Columns of the smallest product: Triton before 3.6 takes 16.
@@ -101,8 +102,9 @@ def _grouped_rnn_forward_kernel(
         gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
     if cell_ptr is not None:
         cell_ptrs = cell_ptr + kept_row * H + unit
+    if not FUSED:
+        biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
     u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
-    biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
 
     h = tl.zeros(SHAPE, tl.float32)
     c = tl.zeros(SHAPE, tl.float32)
@@ -116,7 +118,7 @@ def _grouped_rnn_forward_kernel(
     t = start.to(tl.int64)
     if FUSED:
         x = narrow(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
-        s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     rounded = narrow(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
@@ -144,7 +146,7 @@ def _grouped_rnn_forward_kernel(
         if cell_ptr is not None:
             tl.store(cell_ptrs + t * stride_c_t, narrow(c, DTYPE), mask=mask)
         if FUSED:
-            s0, s1, s2, s3 = input_sums(x, w, biases, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
         tl.store(c_last_ptr + state_index, narrow(c, DTYPE), mask=mask)
@@ -160,24 +162,25 @@ def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
 
 
-def precision_of(dtype: torch.dtype) -> dict[str, str]:
+def precision_of(dtype: torch.dtype, compiled: bool = not INTERPRETED) -> dict[str, str]:
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
     # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
-    hardware = dtype == torch.bfloat16 and not INTERPRETED and torch.version.hip is None
+    hardware = dtype == torch.bfloat16 and compiled and torch.version.hip is None
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
 def sizes_of(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, dtype: torch.dtype
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype
 ) -> tuple[int, int, int, int, int, int, bool, bool]:
     """B, T, N, G, I, H; whether this is an LSTM; whether the projection is fused into the loop."""
     batch, length, _ = x.shape
     directions, groups, rows, inputs = weight_ih.shape
     hidden = weight_hh.shape[3]
     limit = FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT
-    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, max(inputs, hidden) <= limit
+    fused = max(inputs, hidden) <= limit and bias_ih is None
+    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
 
 
 def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
@@ -199,8 +202,8 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight)
 
 
-def _launch_config(units: int, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(launch.recurrent(units, False, fused, dtype == torch.float32))
+def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, lstm, False, fused, dtype == torch.float32))
 
 
 def at_least(config: launch.LaunchConfig) -> launch.LaunchConfig:
@@ -221,7 +224,7 @@ def forward(
     dtype: torch.dtype,
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, dtype)
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
     h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
     c_last = torch.empty_like(h_last) if lstm else x.new_empty(0, dtype=dtype)
@@ -233,7 +236,7 @@ def forward(
     if keeps_cell(keep, fused, lstm):
         cell = x.new_empty(groups, batch * length, directions, hidden, dtype=dtype)
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(tile["PACK"] * tile["UNITS"], fused, dtype)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
     grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
     with torch.cuda.device_of(x):
         _grouped_rnn_forward_kernel[grid](
@@ -264,3 +267,52 @@ def forward(
     if gates is None or keep != KEEP_GATES:
         gates = x.new_empty(0, dtype=dtype)
     return y, h_last, c_last, gates, x.new_empty(0, dtype=dtype) if cell is None else cell
+
+
+# The standard workloads: G, I, H, N of their first layers.
+WORKLOADS = {"rnn-freq": (8, 16, 8, 2), "rnn-time": (8, 16, 16, 1), "rnn-wide": (4, 128, 128, 1)}
+
+
+def workloads():
+    """Every workload as GRU and LSTM in the dtypes that the kernels take it in: label, sizes and constants."""
+    for name, (groups, inputs, hidden, directions) in WORKLOADS.items():
+        for lstm in (False, True):
+            for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                if hidden > launch.recurrent_largest("sm_90", dtype == torch.float32):
+                    continue
+                fused = max(inputs, hidden) <= (FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT)
+                constants = {"DIRECTIONS": directions, "LSTM": lstm, "FUSED": fused}
+                constants |= tile_of(groups, inputs, hidden) | precision_of(dtype, compiled=True)
+                yield f"{name} {'LSTM' if lstm else 'GRU'} {element}", dtype, element, fused, constants
+
+
+def compile_case(label: str, kernel, element: str, constants: dict, config: launch.LaunchConfig) -> launch.CompileCase:
+    """Pointers are to `element`s, but for what the names say; whatever is not a pointer is an int32."""
+    constants = {**constants, **dict(config.blocks)}
+    if "STAGES" in kernel.arg_names:
+        constants["STAGES"] = config.num_stages
+    words, floats = ("gates_ptr", "grad_sums_words_ptr"), ("partial_ptr", "grad_h_first_ptr", "grad_c_first_ptr")
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if not name.endswith("_ptr"):
+            return "i32"
+        return "*i64" if name in words else "*fp32" if name in floats else f"*{element}"
+
+    signature = {name: kind(name) for name in kernel.arg_names}
+    return launch.CompileCase(label, kernel, signature, constants, config)
+
+
+def aot_cases():
+    for label, dtype, element, fused, constants in workloads():
+        lstm = constants["LSTM"]
+        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
+        for training in (False, True):
+            absent = ["bias_ih_ptr", "bias_hh_ptr", "h_first_ptr", "c_first_ptr"]
+            absent += [] if lstm else ["c_last_ptr"]
+            absent += ["gates_ptr"] if fused else []
+            absent += [] if lstm and training else ["cell_ptr"]
+            all_constants = {**constants, **dict.fromkeys(absent), "KEEP": training and not fused}
+            mode = "training" if training else "inference"
+            yield compile_case(f"{label} forward, {mode}", _grouped_rnn_forward_kernel, element, all_constants, config)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastblocks.kernels import launch
 from fastblocks.kernels._recurrent import multiply, narrow
+from fastblocks.kernels.recurrent_forward import compile_case, workloads
 from fastblocks.kernels.runtime import tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
@@ -131,3 +132,15 @@ def weight_gradients(
             **config.keywords(),
         )
     return partial.sum(0)
+
+
+def aot_cases():
+    for label, _, element, fused, constants in workloads():
+        if fused:
+            continue
+        for state in (False, True):
+            sizes = {"H": constants["H"], "K": constants["H"] if state else constants["I"]}
+            sizes |= {"SUMS": 4 if constants["LSTM"] else 3, "DIRECTIONS": constants["DIRECTIONS"], "STATE": state}
+            sizes |= {"PRECISION": constants["PRECISION"], "h_first_ptr": None}
+            name = f"{label} gradient of weight_{'hh' if state else 'ih'}"
+            yield compile_case(name, _recurrent_weight_gradient_kernel, element, sizes, _launch_config())
