@@ -28,8 +28,7 @@ def _recurrent_weight_gradient_kernel(
     groups,
     slice_rows,
     partial_size,
-    stride_b,
-    stride_t,
+    stride_row,
     H: tl.constexpr,
     K: tl.constexpr,
     SUMS: tl.constexpr,
@@ -63,21 +62,23 @@ def _recurrent_weight_gradient_kernel(
     for offset in range(begin, end, BLOCK_M):
         offs_m = offset + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
-        b = offs_m // length
-        t = offs_m % length
+        inside = (offset % length).to(tl.int32) + tl.arange(0, BLOCK_M)  # one long division a tile, not one a row
+        t = inside % length
         grad_ptrs = (
             grad_sums_ptr + ((group * rows + offs_m) * DIRECTIONS + direction)[None, :] * (4 * H) + offs_n[:, None]
         )
         grad = tl.load(grad_ptrs, mask=mask_m[None, :] & (offs_n < 4 * H)[:, None], other=0.0)
+        source, there = offs_m, mask_m
         if STATE:
-            t -= before
-        there = mask_m & (t >= 0) & (t < length)
-        ptrs = operand_ptr + (b * stride_b + t * stride_t)[:, None] + channel[None, :]
+            source -= before
+            there &= t != (direction * (length - 1))  # the first step's state comes from outside
+        ptrs = operand_ptr + source[:, None] * stride_row + channel[None, :]
         operand = narrow(tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0), DTYPE)
         if STATE and h_first_ptr is not None:
+            b = offset // length + inside // length
             ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
-            first = narrow(tl.load(ptrs, mask=(mask_m & ~there)[:, None] & mask_k[None, :], other=0.0), DTYPE)
-            operand = tl.where(there[:, None], operand, first)
+            first = tl.load(ptrs, mask=(mask_m & (there == 0))[:, None] & mask_k[None, :], other=0.0)
+            operand += narrow(first, DTYPE)
         total = multiply(grad, operand, total, PRECISION)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
@@ -121,8 +122,7 @@ def weight_gradients(
             groups=groups,
             slice_rows=slice_rows,
             partial_size=partial.shape[1],
-            stride_b=operand.stride(0),
-            stride_t=operand.stride(1),
+            stride_row=operand.stride(1),
             H=hidden,
             K=size,
             SUMS=rows // hidden,
