@@ -341,8 +341,8 @@ def backward(
     )
 
 
-def aot_cases():
-    for label, dtype, element, fused, constants in workloads():
+def aot_cases(architecture: str = "sm_90"):
+    for label, dtype, element, fused, constants in workloads(architecture):
         lstm = constants["LSTM"]
         config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
         absent = ["grad_h_last_ptr", "grad_c_last_ptr", "h_first_ptr", "c_first_ptr"]

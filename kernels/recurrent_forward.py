@@ -162,12 +162,12 @@ def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
 
 
-def precision_of(dtype: torch.dtype, compiled: bool = not INTERPRETED) -> dict[str, str]:
+def precision_of(dtype: torch.dtype, hardware: bool = not INTERPRETED and torch.version.hip is None) -> dict[str, str]:
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
     # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
-    hardware = dtype == torch.bfloat16 and compiled and torch.version.hip is None
+    hardware = hardware and dtype == torch.bfloat16
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
@@ -273,16 +273,18 @@ def forward(
 WORKLOADS = {"rnn-freq": (8, 16, 8, 2), "rnn-time": (8, 16, 16, 1), "rnn-wide": (4, 128, 128, 1)}
 
 
-def workloads():
+def workloads(architecture: str):
     """Every workload as GRU and LSTM in the dtypes that the kernels take it in: label, sizes and constants."""
     for name, (groups, inputs, hidden, directions) in WORKLOADS.items():
         for lstm in (False, True):
             for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                if hidden > launch.recurrent_largest("sm_90", dtype == torch.float32):
+                if hidden > launch.recurrent_largest(architecture, dtype == torch.float32):
                     continue
                 fused = max(inputs, hidden) <= (FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT)
                 constants = {"DIRECTIONS": directions, "LSTM": lstm, "FUSED": fused}
-                constants |= tile_of(groups, inputs, hidden) | precision_of(dtype, compiled=True)
+                constants |= tile_of(groups, inputs, hidden) | precision_of(
+                    dtype, hardware=architecture.startswith("sm_")
+                )
                 yield f"{name} {'LSTM' if lstm else 'GRU'} {element}", dtype, element, fused, constants
 
 
@@ -304,8 +306,8 @@ def compile_case(label: str, kernel, element: str, constants: dict, config: laun
     return launch.CompileCase(label, kernel, signature, constants, config)
 
 
-def aot_cases():
-    for label, dtype, element, fused, constants in workloads():
+def aot_cases(architecture: str = "sm_90"):
+    for label, dtype, element, fused, constants in workloads(architecture):
         lstm = constants["LSTM"]
         config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
         for training in (False, True):

@@ -134,8 +134,8 @@ def weight_gradients(
     return partial.sum(0)
 
 
-def aot_cases():
-    for label, _, element, fused, constants in workloads():
+def aot_cases(architecture: str = "sm_90"):
+    for label, _, element, fused, constants in workloads(architecture):
         if fused:
             continue
         for state in (False, True):
