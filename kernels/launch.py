@@ -69,7 +69,7 @@ RECURRENT_BACKWARD_FUSED = {
 # Honest float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed
 # they take a third to a quarter of the loads. Warps are as many as keep the sums in registers.
 RECURRENT_FLOAT32 = {
-    16: config(1, 2, BLOCK_B=8, TRANSPOSED=0),
+    16: config(4, 2, BLOCK_B=8, TRANSPOSED=0),  # one warp spills with two groups of 16 inputs
     32: config(4, 2, BLOCK_B=8, TRANSPOSED=0),
     64: config(8, 2, BLOCK_B=8, TRANSPOSED=0),
 }

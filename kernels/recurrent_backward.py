@@ -162,14 +162,16 @@ def _grouped_rnn_backward_kernel(
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
         h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
         if h_first_ptr is not None:
-            h_before += narrow(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+            h_first = narrow(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+            h_before = tl.where(later, h_before, h_first)
         if FUSED:
             x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
         if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
-                c_before += narrow(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+                c_first = narrow(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+                c_before = tl.where(later, c_before, c_first)
         if not AGAIN:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)

@@ -78,7 +78,7 @@ def _recurrent_weight_gradient_kernel(
             b = offset // length + inside // length
             ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
             first = tl.load(ptrs, mask=(mask_m & (there == 0))[:, None] & mask_k[None, :], other=0.0)
-            operand += narrow(first, DTYPE)
+            operand = tl.where(there[:, None], operand, narrow(first, DTYPE))
         total = multiply(grad, operand, total, PRECISION)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
