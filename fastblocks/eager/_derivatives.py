@@ -1,9 +1,19 @@
-"""Hand-written gradients that can themselves be differentiated."""
+"""Hand-written gradients that can themselves be differentiated, and where formulas have to stand in their place."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+
+def in_function_transform() -> bool:
+    """True inside `torch.func` transforms (vmap, grad, jvp), which need formulas that they can see through."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def must_trace() -> bool:
+    """True where a formula has to stay plain PyTorch: function transforms, `torch.compile`, `torch.export`."""
+    return torch.compiler.is_compiling() or in_function_transform()
 
 
 def by_formula(
