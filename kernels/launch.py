@@ -26,3 +26,37 @@ class LaunchConfig:
 def config(num_warps: int, num_stages: int = 1, **blocks: int) -> LaunchConfig:
     """`config(4, 2, BLOCK_M=64)` reads better than the dataclass."""
     return LaunchConfig(num_warps, num_stages, tuple(sorted(blocks.items())))
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel as one launch compiles it, for reports that need no GPU."""
+
+    label: str
+    kernel: object  # the @triton.jit function
+    signature: dict[str, str]
+    constants: dict[str, object]
+    config: LaunchConfig
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+# Nothing here was timed yet: the sizes are predictions, held against the compiler's report of registers and spills.
+
+
+def attention_is_whole(n_rows: int, block_d: int, element_size: int, architecture: str) -> bool:
+    """Whether a program holds all keys of a head."""
+    if element_size == 4:
+        return n_rows <= 64 and block_d <= 64
+    return n_rows <= (384 if block_d <= 32 else 128) and n_rows * block_d <= 128 * 64 * 2
+
+
+def attention_config(kernel: str, n_rows: int, block_d: int, element_size: int, architecture: str) -> LaunchConfig:
+    """The launch of one attention kernel; block_d is the padded head size."""
+    wide = element_size == 4
+    if kernel == "whole_forward":
+        return config(4, 1, BLOCK_M=128 if n_rows <= 128 else 64)
+    if kernel == "whole_backward":
+        return config(4, 1, BLOCK_M=128) if n_rows <= 128 else config(8, 1, BLOCK_M=32)
+    if wide:
+        return config(4, 1, BLOCK_M=32, BLOCK_N=32)
+    return config(4, 2, BLOCK_M=64, BLOCK_N=64 if block_d <= 64 else 32)

@@ -1,0 +1,385 @@
+"""Sliding-window attention with rotary positions and register tokens, from packed qkv to (B, T, C).
+
+    q, k = rotate(q), rotate(k)   interleaved channel pairs, in float32, rounded to the input's dtype
+    out_s = Σ_t softmax_t(q_s · k_t / √D) v_t,   t: every register, and the tokens with |s − t| ≤ window // 2
+
+Layouts: qkv (B, T, 3C) and register_qkv (B or 1, R, 3C) with any strides but a contiguous last dimension, read in
+place; rope (≥ R + T, D/2, 2) float32; out (B, T, C) contiguous. A register sees everything; what it sees is computed
+only when asked for. Rows past 2^31 elements are addressed in int64.
+
+Two families of kernels, chosen by shape alone: `attention_whole` (all keys of a head on chip; short sequences) and
+`attention_blocks` (everything else; work and memory grow with T · (window + R)), with `attention_registers` beside it.
+Kept for backward: the inputs, and for the second family out and the logarithm of the softmax's sum, (B, H, R + T).
+Each file counts its own bytes and FLOPs.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch, runtime
+from fastblocks.kernels.attention_blocks import (
+    _blocks_forward_kernel,
+    _grad_key_kernel,
+    _grad_query_kernel,
+    _rotate_kernel,
+)
+from fastblocks.kernels.attention_registers import (
+    _register_forward_kernel,
+    _register_gradient_kernel,
+    _register_join_kernel,
+)
+from fastblocks.kernels.attention_whole import _whole_backward_kernel, _whole_forward_kernel
+from fastblocks.kernels.runtime import triton
+
+MIN_HEAD_DIM = 8
+MAX_HEAD_DIM = 256
+MAX_REGISTERS = 64  # one tile of keys
+MIN_TILE = 16  # what tl.dot takes
+ROTATE_FROM = 1024  # from here on, without a window, q and k are rotated once, in a pass of their own (a prediction)
+CHUNK = 512  # keys a program of the registers' output: 16 programs a head at T = 8192, 128 at 65536 (a prediction)
+JOIN_ROWS = 4  # registers a program that joins chunks: few, because there are only B·H·R of them
+PARTIAL_TILE = 8192  # elements of partial sums a program adds at a time: 64 registers of 128 threads
+
+
+def obstacle(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None) -> str:
+    """Why these kernels do not take a call; an empty string if they do."""
+    head_dim = qkv.shape[2] // (3 * n_head)
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"the head size is {head_dim}, the kernel takes {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    if rope.dtype != torch.float32 or rope.device != qkv.device:
+        return f"the rope table is {rope.dtype} on {rope.device}, the kernel needs float32 on {qkv.device}"
+    if rope.requires_grad:
+        return "the rope table wants a gradient"
+    if register_qkv is not None:
+        if register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device:
+            return f"the registers are {register_qkv.dtype} on {register_qkv.device}, the tokens {qkv.dtype} on {qkv.device}"
+        if register_qkv.shape[1] > MAX_REGISTERS:
+            return f"{register_qkv.shape[1]} registers, the kernel takes {MAX_REGISTERS}"
+    return ""
+
+
+def _tile(rows: int) -> int:
+    return max(MIN_TILE, 1 << (rows - 1).bit_length())
+
+
+def whole_tiles(n_rows: int) -> tuple[int, int]:
+    """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0)."""
+    one = _tile(n_rows)
+    if n_rows == one or one == MIN_TILE:
+        return one, 0
+    rest = _tile(n_rows - one // 2)
+    return (one, 0) if rest * 2 >= one else (one // 2, rest)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    n_tokens: int, n_registers: int, n_head: int, head_dim: int, window: int, dtype: torch.dtype,
+    registers_out: bool, tf32: bool, architecture: str,
+):  # fmt: skip
+    """Everything a launch needs that follows from shapes: which kernels, and their constexprs by kernel name."""
+    n_rows = n_registers + n_tokens
+    block_d = _tile(head_dim)
+    shared = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    products = {"PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee"}
+    has_window = window >= 0 and window // 2 < n_tokens - 1
+    scalars = (n_tokens, n_registers, window // 2, n_head, head_dim**-0.5 / math.log(2))
+    size = torch.finfo(dtype).bits // 8
+    if launch.attention_is_whole(n_rows, block_d, size, architecture):
+        block_a, block_b = whole_tiles(n_rows)
+        n_queries = n_rows if registers_out else n_tokens
+        flags = {
+            "HAS_WINDOW": has_window,
+            "HAS_REGISTERS": n_registers > 0,
+            "REGISTERS_OUT": registers_out,
+            "BLOCK_A": block_a,
+            "BLOCK_B": block_b,
+        }
+        plans = {"whole": True}
+        for name in ("whole_forward", "whole_backward"):
+            chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
+            block_m = min(chosen["BLOCK_M"], _tile(n_queries))
+            one = block_m >= n_queries
+            even = one and block_m == block_a == n_rows and n_registers == 0
+            plans[name] = {
+                **shared, **products, **flags, **chosen.keywords(), "BLOCK_M": block_m, "ONE_BLOCK": one, "EVEN": even,
+            }  # fmt: skip
+        return scalars, plans
+
+    rotate = window >= 0 or n_tokens < ROTATE_FROM
+    block_r = _tile(max(1, n_registers))
+    plans = {"whole": False, "rotated": not rotate}
+    flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
+    for name in ("blocks_forward", "grad_query", "grad_key"):
+        chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
+        plans[name] = {**shared, **products, **flags, **chosen.keywords()}
+    plans["blocks_forward"]["HAS_REGISTERS"] = plans["grad_query"]["HAS_REGISTERS"] = n_registers > 0
+    plans["grad_key"]["REGISTERS_OUT"] = registers_out
+    if registers_out:  # there the registers are a block of keys
+        plans["grad_key"]["BLOCK_N"] = max(plans["grad_key"]["BLOCK_N"], block_r)
+    plans["rotate"] = {**shared, "BLOCK_M": max(MIN_TILE, 4096 // block_d), "num_warps": 4}
+    plans["register_forward"] = {
+        **shared, **products, "BLOCK_R": block_r, "BLOCK_N": plans["blocks_forward"]["BLOCK_N"], "CHUNK": CHUNK,
+        "ROTATE": rotate, "num_warps": plans["blocks_forward"]["num_warps"], "num_stages": 1,
+    }  # fmt: skip
+    plans["register_join"] = {**shared, "BLOCK_R": JOIN_ROWS, "num_warps": 1}
+    return scalars, plans
+
+
+def _is_whole(qkv: Tensor, n_head: int, n_registers: int) -> bool:
+    block_d, size = _tile(qkv.shape[2] // (3 * n_head)), qkv.element_size()
+    return launch.attention_is_whole(n_registers + qkv.shape[1], block_d, size, runtime.architecture(qkv.device))
+
+
+def _plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, registers_out: bool):
+    return _plan(
+        qkv.shape[1],
+        0 if register_qkv is None else register_qkv.shape[1],
+        n_head,
+        qkv.shape[2] // (3 * n_head),
+        window,
+        qkv.dtype,
+        registers_out,
+        torch.backends.cuda.matmul.allow_tf32,
+        runtime.architecture(qkv.device),
+    )
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> tuple[Tensor, int, int]:
+    """The registers' tensor, its stride of a batch (0 if all share them) and of a row; qkv itself if there are none."""
+    if register_qkv is None:
+        return qkv, 0, 0
+    return register_qkv, register_qkv.stride(0) if register_qkv.shape[0] > 1 else 0, register_qkv.stride(1)
+
+
+def _rotated(qkv: Tensor, rope: Tensor, n_registers: int, n_head: int, plan: dict) -> Tensor:
+    batch, n_tokens, width = qkv.shape
+    rotated = torch.empty((batch, n_tokens, width // 3 * 2), dtype=qkv.dtype, device=qkv.device)
+    grid = (batch * 2 * n_head * triton.cdiv(n_tokens, plan["BLOCK_M"]),)
+    _rotate_kernel[grid](
+        qkv, rope, rotated, qkv.stride(0), qkv.stride(1), n_tokens, n_registers, n_head, **plan
+    )
+    return rotated
+
+
+def _forward(
+    qkv: Tensor, rope: Tensor, register_qkv: Tensor | None, n_head: int, window: int, registers_out: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, T, C); what the registers see (B, R, C) or empty; statistics (B, H, R + T) or empty."""
+    qkv, rope = _readable(qkv), rope.contiguous()
+    register_qkv = None if register_qkv is None else _readable(register_qkv)
+    (n_tokens, n_registers, reach, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
+    batch, _, width = qkv.shape
+    registers, stride_register_b, stride_register_r = _register_arguments(qkv, register_qkv)
+    out = torch.empty((batch, n_tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    shape = (batch, n_registers, width // 3) if registers_out else (0,)
+    register_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
+    shape = (batch, n_head, n_registers + n_tokens) if keep and not plans["whole"] else (0,)
+    stats = torch.empty(shape, dtype=torch.float32, device=qkv.device)
+
+    if plans["whole"]:
+        _whole_forward_kernel[(batch * n_head,)](
+            qkv, rope, registers, out, register_out,
+            qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r,
+            n_tokens, n_registers, reach, n_head, scale, **plans["whole_forward"],
+        )  # fmt: skip
+        return out, register_out, stats
+
+    v = qkv[..., 2 * (width // 3) :]
+    qk = _rotated(qkv, rope, n_registers, n_head, plans["rotate"]) if plans["rotated"] else qkv
+    strides = (
+        qk.stride(0), qk.stride(1), qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r,
+    )  # fmt: skip
+    plan = plans["blocks_forward"]
+    grid = (batch * n_head * triton.cdiv(n_tokens, plan["BLOCK_M"]),)
+    _blocks_forward_kernel[grid](
+        qk, v, rope, registers, out, stats, *strides,
+        n_tokens, n_registers, reach, n_head, scale, KEEP_STATS=keep, **plan,
+    )  # fmt: skip
+    if registers_out:
+        n_chunks = triton.cdiv(n_tokens, CHUNK)
+        rows = (batch, n_head, n_chunks, n_registers)
+        m = torch.empty(rows, dtype=torch.float32, device=qkv.device)
+        total = torch.empty(rows, dtype=torch.float32, device=qkv.device)
+        acc = torch.empty((*rows, width // (3 * n_head)), dtype=torch.float32, device=qkv.device)
+        _register_forward_kernel[(batch * n_head * n_chunks,)](
+            qk, v, rope, registers, m, total, acc, *strides,
+            n_tokens, n_registers, n_head, scale, n_chunks, **plans["register_forward"],
+        )  # fmt: skip
+        _register_join_kernel[(batch * n_head * triton.cdiv(n_registers, JOIN_ROWS),)](
+            m, total, acc, register_out, stats, n_tokens, n_registers, n_head, n_chunks,
+            KEEP_STATS=keep, **plans["register_join"],
+        )  # fmt: skip
+    return out, register_out, stats
+
+
+def _backward(
+    grad_out: Tensor, grad_register_out: Tensor | None, qkv: Tensor, rope: Tensor, register_qkv: Tensor | None,
+    out: Tensor, register_out: Tensor, stats: Tensor, n_head: int, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """grad_qkv (B, T, 3C) and grad_register_qkv (B or 1, R, 3C) or empty."""
+    qkv, rope, grad_out = _readable(qkv), rope.contiguous(), _readable(grad_out)
+    registers_out = grad_register_out is not None
+    if registers_out:
+        grad_register_out = _readable(grad_register_out)
+    else:
+        grad_register_out = grad_out
+    register_qkv = None if register_qkv is None else _readable(register_qkv)
+    (n_tokens, n_registers, reach, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
+    batch, _, width = qkv.shape
+    registers, stride_register_b, stride_register_r = _register_arguments(qkv, register_qkv)
+    grads = (grad_out.stride(0), grad_out.stride(1), grad_register_out.stride(0), grad_register_out.stride(1))
+    grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
+
+    if plans["whole"]:
+        n_slots, first_slot, last_slot_q, last_slot = 1, 0, 1, 1
+        partial = _partials(qkv, n_slots, n_registers)
+        _whole_backward_kernel[(batch * n_head,)](
+            qkv, rope, registers, grad_out, grad_register_out, grad_qkv, partial,
+            qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r, *grads,
+            n_tokens, n_registers, reach, n_head, scale, **plans["whole_backward"],
+        )  # fmt: skip
+    else:
+        v = qkv[..., 2 * (width // 3) :]
+        qk = _rotated(qkv, rope, n_registers, n_head, plans["rotate"]) if plans["rotated"] else qkv
+        strides = (
+            qk.stride(0), qk.stride(1), qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r,
+        )  # fmt: skip
+        plan_q, plan_k = plans["grad_query"], plans["grad_key"]
+        blocks_q, blocks_k = triton.cdiv(n_tokens, plan_q["BLOCK_M"]), triton.cdiv(n_tokens, plan_k["BLOCK_N"])
+        n_slots = 1 + max(blocks_q, blocks_k)
+        first_slot, last_slot_q, last_slot = 0 if registers_out else 1, 1 + blocks_k, 1 + blocks_q
+        partial = _partials(qkv, n_slots, n_registers)
+        delta = torch.empty((batch, n_head, n_tokens), dtype=torch.float32, device=qkv.device)
+        _grad_query_kernel[(batch * n_head * blocks_q,)](
+            qk, v, rope, registers, out, grad_out, stats, delta, grad_qkv, partial, *strides, *grads[:2],
+            n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_q,
+        )  # fmt: skip
+        _grad_key_kernel[(batch * n_head * (blocks_k + registers_out),)](
+            qk, v, rope, registers, register_out, grad_out, grad_register_out, stats, delta, grad_qkv, partial,
+            *strides, *grads, n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_k,
+        )  # fmt: skip
+
+    if register_qkv is None:
+        return grad_qkv, qkv.new_empty((0,))
+    grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    groups = register_qkv.shape[0]
+    head_dim = width // (3 * n_head)
+    block_d = _tile(head_dim)
+    _register_gradient_kernel[(groups * n_registers * 3 * n_head,)](
+        partial, rope, grad_register, n_registers, n_head, n_slots, batch // groups,
+        first_slot, last_slot_q, last_slot, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        BLOCK_S=min(_tile(last_slot), PARTIAL_TILE // block_d), REGISTERS_OUT=registers_out, num_warps=4,
+    )  # fmt: skip
+    return grad_qkv, grad_register
+
+
+def _partials(qkv: Tensor, n_slots: int, n_registers: int) -> Tensor:
+    if n_registers == 0:
+        return qkv  # not written
+    return torch.empty((qkv.shape[0], n_slots, n_registers, qkv.shape[2]), dtype=torch.float32, device=qkv.device)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("fastblocks", "FRAGMENT")
+_library.define(
+    "rope_attention(Tensor qkv, Tensor rope, Tensor? register_qkv, int n_head, int window, bool registers_out, "
+    "bool keep_stats) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "rope_attention_backward(Tensor grad_out, Tensor? grad_register_out, Tensor qkv, Tensor rope, "
+    "Tensor? register_qkv, Tensor out, Tensor register_out, Tensor stats, int n_head, int window) -> (Tensor, Tensor)"
+)
+
+
+def _forward_fake(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats):
+    batch, n_tokens, width = qkv.shape
+    n_registers = 0 if register_qkv is None else register_qkv.shape[1]
+    saved = keep_stats and not _is_whole(qkv, n_head, n_registers)
+    return (
+        qkv.new_empty((batch, n_tokens, width // 3)),
+        qkv.new_empty((batch, n_registers, width // 3) if registers_out else (0,)),
+        qkv.new_empty((batch, n_head, n_registers + n_tokens) if saved else (0,), dtype=torch.float32),
+    )
+
+
+def _backward_fake(grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, stats, n_head, window):
+    return qkv.new_empty(qkv.shape), qkv.new_empty((0,) if register_qkv is None else register_qkv.shape)
+
+
+class _RopeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, rope, register_qkv, n_head, window, registers_out):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, register_out, stats = _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, True)
+        ctx.save_for_backward(qkv, rope, register_qkv, out, register_out, stats)
+        ctx.n_head, ctx.window, ctx.registers_out = n_head, window, registers_out
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats) if registers_out else ctx.mark_non_differentiable(register_out, stats)
+        return out, register_out, stats
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_register_out, _):
+        qkv, rope, register_qkv, out, register_out, stats = ctx.saved_tensors
+        if grad_out is None and grad_register_out is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():  # create_graph=True: the plain formula can be differentiated again
+            grad_qkv, grad_register = _formula_gradients(
+                grad_out, grad_register_out, qkv, rope, register_qkv, ctx.n_head, ctx.window, ctx.needs_input_grad
+            )
+            return grad_qkv, None, grad_register, None, None, None
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if grad_register_out is None and ctx.registers_out:
+            grad_register_out = torch.zeros_like(register_out)
+        grad_qkv, grad_register = _rope_attention_backward(
+            grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, stats, ctx.n_head, ctx.window
+        )
+        return grad_qkv, None, None if register_qkv is None else grad_register, None, None, None
+
+
+def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window, needed):
+    from fastblocks.eager import attention as eager
+
+    with torch.enable_grad():
+        results = eager.rope_attention(qkv, rope, n_head, window, register_qkv, grad_register_out is not None)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [(y, g) for y, g in zip(results, (grad_out, grad_register_out), strict=False) if g is not None]
+        wanted = [x for x, flag in ((qkv, needed[0]), (register_qkv, needed[2])) if flag]
+        grads = torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    grads = iter(grads)
+    return next(grads) if needed[0] else None, next(grads) if needed[2] else None
+
+
+def _autograd(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats):
+    if torch.is_grad_enabled() and (qkv.requires_grad or (register_qkv is not None and register_qkv.requires_grad)):
+        return _RopeAttention.apply(qkv, rope, register_qkv, n_head, window, registers_out)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("rope_attention", _forward, _key)
+    _library.impl("rope_attention_backward", _backward, _key)
+_library.impl("rope_attention", _autograd, "Autograd")
+torch.library.register_fake("fastblocks::rope_attention", _forward_fake, lib=_library)
+torch.library.register_fake("fastblocks::rope_attention_backward", _backward_fake, lib=_library)
+_rope_attention = torch.ops.fastblocks.rope_attention.default
+_rope_attention_backward = torch.ops.fastblocks.rope_attention_backward.default
+
+
+def rope_attention(
+    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`fastblocks.functional.rope_attention` for what `obstacle` lets through."""
+    out, register_out, _ = _rope_attention(qkv, rope, register_qkv, n_head, window, return_registers, False)
+    return (out, register_out) if return_registers else out

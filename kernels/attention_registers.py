@@ -1,0 +1,123 @@
+"""What is particular to registers in attention over a long sequence: their output, and their gradients' sums.
+
+A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split into chunks, a program
+each; their partial softmaxes (m, l, acc) are joined in the order of the chunks. The gradients of registers are sums
+over all tokens (and the batch, where it shares its registers): each block of tokens has left a float32 partial sum, and
+they are added in the order of the blocks. No atomics: two runs give the same bits.
+
+Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
+"""
+
+from fastblocks.kernels.attention_blocks import _key_block, _softmax_step
+from fastblocks.kernels.attention_tiles import dot, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.runtime import tl, triton
+
+
+@triton.jit
+def _register_forward_kernel(
+    qk_ptr, v_ptr, rope_ptr, register_ptr, m_ptr, total_ptr, acc_ptr,
+    stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
+    n_tokens, n_registers, n_head, scale, n_chunks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grid (B·H·chunks,). m, total: (B, H, chunks, R); acc: (B, H, chunks, R, D). Chunk 0 has the registers' keys too."""
+    chunk = tl.program_id(0) % n_chunks
+    slab = tl.program_id(0) // n_chunks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    n_channels = n_head * HEAD_DIM
+    qk_ptr += b * stride_qk_b + h * HEAD_DIM
+    v_ptr += b * stride_v_b + h * HEAD_DIM
+    register_ptr += b * stride_register_b + h * HEAD_DIM
+    token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
+
+    offs_r = tl.arange(0, BLOCK_R)
+    q = load_rotated(register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if chunk == 0:
+        k = load_rotated(
+            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        )
+        v = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
+        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))
+        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, False)
+    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+        k, v = _key_block(
+            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+        )  # fmt: skip
+        seen = (start_n + tl.arange(0, BLOCK_N) < n_tokens)[None, :]
+        s = tl.where(seen, dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))  # [BLOCK_R, BLOCK_N]
+        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, False)
+
+    row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+    tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
+    tl.store(total_ptr + row + offs_r, total, mask=offs_r < n_registers)
+    store_rows(acc_ptr + row * HEAD_DIM, acc, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _register_join_kernel(
+    m_ptr, total_ptr, acc_ptr, register_out_ptr, stats_ptr, n_tokens, n_registers, n_head, n_chunks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_STATS: tl.constexpr,
+):  # fmt: skip
+    """Join the chunks' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
+    n_blocks = tl.cdiv(n_registers, BLOCK_R)
+    slab = tl.program_id(0) // n_blocks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    offs_r = (tl.program_id(0) % n_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < n_registers
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for chunk in range(n_chunks):
+        row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+        m_chunk = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
+        m_new = tl.maximum(m, m_chunk)
+        shrink, grow = tl.exp2(m - m_new), tl.exp2(m_chunk - m_new)
+        x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+        acc = acc * shrink[:, None] + x * grow[:, None]
+        total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
+        m = m_new
+    n_channels = n_head * HEAD_DIM
+    register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
+    store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
+    if KEEP_STATS:
+        stats_ptr += slab.to(tl.int64) * (n_registers + n_tokens)
+        tl.store(stats_ptr + offs_r, m + tl.log2(total), mask=mask_r)
+
+
+@triton.jit
+def _register_gradient_kernel(
+    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_slots, n_batches, first_slot, last_slot_q, last_slot,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REGISTERS_OUT: tl.constexpr,
+):  # fmt: skip
+    """Add up slots first_slot … last_slot - 1 (for q: last_slot_q) of n_batches batches, rotate q and k back, store.
+
+    partial: (B, n_slots, R, 3C) float32. grad_register: (B / n_batches, R, 3C). grid (B / n_batches · R · 3H,).
+    Without REGISTERS_OUT a register has asked nothing: its dq is zero, and no slot holds one.
+    """
+    head = tl.program_id(0) % (3 * n_head)  # of q, then k, then v
+    r = (tl.program_id(0) // (3 * n_head)) % n_registers
+    b = (tl.program_id(0) // (3 * n_head * n_registers)).to(tl.int64)
+    width = 3 * n_head * HEAD_DIM
+    last_slot = tl.where(head < n_head, last_slot_q, last_slot)
+    offs_s = tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for batch in range(n_batches):
+        if REGISTERS_OUT or head >= n_head:
+            ptr = partial_ptr + (b * n_batches + batch) * n_slots * (n_registers * width) + r * width + head * HEAD_DIM
+            for slot in range(first_slot, last_slot, BLOCK_S):
+                slot_ptr = ptr + tl.cast(slot, tl.int64) * (n_registers * width)
+                total += load_rows(
+                    slot_ptr, offs_s, last_slot - slot, n_registers * width, HEAD_DIM, BLOCK_D, False
+                )  # [BLOCK_S, BLOCK_D]
+    x = tl.sum(total, 0)[None, :]  # [1, BLOCK_D]
+    one = tl.arange(0, 1)
+    if head < 2 * n_head:
+        x = rotate(x, rope_ptr + r * HEAD_DIM, one, 1, HEAD_DIM, BLOCK_D, False, True)
+    store_rows(grad_register_ptr + (b * n_registers + r) * width + head * HEAD_DIM, x, one, 1, width, HEAD_DIM, BLOCK_D)
