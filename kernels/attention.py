@@ -383,3 +383,56 @@ def rope_attention(
     """`fastblocks.functional.rope_attention` for what `obstacle` lets through."""
     out, register_out, _ = _rope_attention(qkv, rope, register_qkv, n_head, window, return_registers, False)
     return (out, register_out) if return_registers else out
+
+
+# ---- ahead of time ---------------------------------------------------------------------------------------------------
+
+WORKLOADS = {  # tokens, heads, head size, window, registers
+    "att-freq": (64, 4, 32, -1, 0),
+    "att-time": (282, 4, 32, -1, 0),
+    "att-long": (8192, 8, 64, 128, 4),
+    "att-huge": (65536, 8, 32, 256, 8),
+    "full": (4096, 8, 64, -1, 0),
+}
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KERNELS = {
+    "whole_forward": _whole_forward_kernel,
+    "whole_backward": _whole_backward_kernel,
+    "rotate": _rotate_kernel,
+    "blocks_forward": _blocks_forward_kernel,
+    "grad_query": _grad_query_kernel,
+    "grad_key": _grad_key_kernel,
+    "register_forward": _register_forward_kernel,
+    "register_join": _register_join_kernel,
+}
+STATISTICS = ("rope_ptr", "stats_ptr", "delta_ptr", "partial_ptr", "m_ptr", "total_ptr", "acc_ptr")  # float32 always
+
+
+def _type_of(name: str, element: str) -> str:
+    if name.endswith("_ptr"):
+        return "*fp32" if name in STATISTICS else f"*{element}"
+    return "fp32" if name == "scale" else "i32"
+
+
+def aot_cases(architecture: str = "sm_90", dtypes: tuple = (torch.bfloat16, torch.float32)):
+    """Every kernel of the standard workloads as a `launch.CompileCase`, as an architecture would launch it."""
+    for workload, (n_tokens, n_head, head_dim, window, n_registers) in WORKLOADS.items():
+        for dtype, registers_out in [(dtype, out) for dtype in dtypes for out in {False, n_registers > 0}]:
+            _, plans = _plan(
+                n_tokens, n_registers, n_head, head_dim, window, dtype, registers_out, False, architecture
+            )
+            for name, kernel in KERNELS.items():
+                if name not in plans or (name == "rotate" and not plans["rotated"]):
+                    continue
+                if registers_out is False and name.startswith("register"):
+                    continue
+                constants = dict(plans[name])
+                keywords = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+                if "KEEP_STATS" in kernel.arg_names:
+                    constants["KEEP_STATS"] = True
+                signature = {
+                    name: "constexpr" if name in constants else _type_of(name, ELEMENTS[dtype])
+                    for name in kernel.arg_names
+                }
+                label = f"{workload} {ELEMENTS[dtype]}{' registers out' if registers_out else ''}: {name}"
+                yield launch.CompileCase(label, kernel, signature, constants, launch.config(**keywords))

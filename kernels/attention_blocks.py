@@ -122,14 +122,14 @@ def _blocks_forward_kernel(
     if HAS_REGISTERS:
         offs_r = tl.arange(0, BLOCK_R)
         register_ptr += b * stride_register_b + h * HEAD_DIM
-        k = load_rotated(
+        k_r = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
-        v = load_rows(
+        v_r = load_rows(
             register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False
         )
-        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))
-        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, False)
+        s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
+        m, total, acc = _softmax_step(s_r, v_r, m, total, acc, PRECISION, False)
 
     low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for i in range(0, before + after):
@@ -200,22 +200,22 @@ def _grad_query_kernel(
     if HAS_REGISTERS:
         offs_r = tl.arange(0, BLOCK_R)
         register_ptr += b * stride_register_b + h * HEAD_DIM
-        k = load_rotated(
+        k_r = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
-        v = load_rows(
+        v_r = load_rows(
             register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False
         )
-        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))
-        p = tl.exp2(s - lse[:, None])  # [BLOCK_M, BLOCK_R]
-        ds = narrow(p * (dot(do, tl.trans(v), PRECISION) - delta[:, None]), q.dtype)
-        dq += dot(ds, k, PRECISION)
+        s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
+        p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
+        ds_r = narrow(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
+        dq += dot(ds_r, k_r, PRECISION)
         slot = b * n_slots + 1 + block
         partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
-        dv = dot(tl.trans(narrow(p, do.dtype)), do, PRECISION)
-        store_rows(partial_ptr + 2 * n_channels, dv, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
-        dk = dot(tl.trans(ds), q, PRECISION) * (scale / LOG2_E)
-        store_rows(partial_ptr + n_channels, dk, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        dv_r = dot(tl.trans(narrow(p_r, do.dtype)), do, PRECISION)
+        store_rows(partial_ptr + 2 * n_channels, dv_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
+        store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
     low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for i in range(0, before + after):
@@ -320,23 +320,23 @@ def _grad_key_kernel(
             register_ptr + n_channels, rope_ptr, offs, end_r, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
         v += load_rows(register_ptr + 2 * n_channels, offs, end_r, stride_register_r, HEAD_DIM, BLOCK_D, False)
-        q = load_rotated(
+        q_r = load_rotated(
             register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
         grad_register_out_ptr += b * stride_grad_register_b + h * HEAD_DIM
-        do = load_rows(
+        do_r = load_rows(
             grad_register_out_ptr, offs_r, n_registers, stride_grad_register_r, HEAD_DIM, BLOCK_D, False
         )
         register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
-        out = load_rows(register_out_ptr, offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
-        delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-        lse = tl.load(stats_ptr + offs_r, mask=offs_r < n_registers, other=float("inf"))
+        out_r = load_rows(register_out_ptr, offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
+        delta_r = tl.sum(out_r.to(tl.float32) * do_r.to(tl.float32), 1)
+        lse_r = tl.load(stats_ptr + offs_r, mask=offs_r < n_registers, other=float("inf"))
         is_key = offs < tl.where(is_register, n_registers, left)
-        dk, dv, ds = _grad_key_step(q, do, k, v, lse, delta, is_key[:, None], dk, dv, scale, True, PRECISION)
-        dq = dot(tl.trans(ds), k, PRECISION) * (scale / LOG2_E)  # [BLOCK_R, BLOCK_D]
+        dk, dv, ds_r = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, is_key[:, None], dk, dv, scale, True, PRECISION)
+        dq_r = dot(tl.trans(ds_r), k, PRECISION) * (scale / LOG2_E)  # [BLOCK_R, BLOCK_D]
         slot = b * n_slots + tl.where(is_register, 0, 1 + block)
         partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
-        store_rows(partial_ptr, dq, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        store_rows(partial_ptr, dq_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         partial_ptr += n_channels
         dk_r = dk * (scale / LOG2_E)
         store_rows(partial_ptr, dk_r, offs, end_r, 3 * n_channels, HEAD_DIM, BLOCK_D)
