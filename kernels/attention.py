@@ -9,7 +9,8 @@ only when asked for. Rows past 2^31 elements are addressed in int64.
 
 Two families of kernels, chosen by shape alone: `attention_whole` (all keys of a head on chip; short sequences) and
 `attention_blocks` (everything else; work and memory grow with T · (window + R)), with `attention_registers` beside it.
-Kept for backward: the inputs, and for the second family out and the logarithm of the softmax's sum, (B, H, R + T).
+Kept for backward: the inputs, and for the second family out and the base-2 logarithm of the softmax's sum:
+`stats`, flat, (B, H, T) and then, where the registers' output was asked for, (B, H, R).
 Each file counts its own bytes and FLOPs.
 """
 
@@ -18,6 +19,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastblocks.kernels import launch, runtime
 from fastblocks.kernels.attention_blocks import (
@@ -147,6 +149,10 @@ def _plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None,
     )
 
 
+def _stats_size(n_heads: int, n_tokens: int, n_registers: int, registers_out: bool) -> int:
+    return n_heads * (n_tokens + n_registers if registers_out else n_tokens)
+
+
 def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -171,7 +177,7 @@ def _rotated(qkv: Tensor, rope: Tensor, n_registers: int, n_head: int, plan: dic
 def _forward(
     qkv: Tensor, rope: Tensor, register_qkv: Tensor | None, n_head: int, window: int, registers_out: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, T, C); what the registers see (B, R, C) or empty; statistics (B, H, R + T) or empty."""
+    """out (B, T, C); what the registers see (B, R, C) or empty; statistics or empty."""
     qkv, rope = _readable(qkv), rope.contiguous()
     register_qkv = None if register_qkv is None else _readable(register_qkv)
     (n_tokens, n_registers, reach, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
@@ -180,8 +186,11 @@ def _forward(
     out = torch.empty((batch, n_tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
     shape = (batch, n_registers, width // 3) if registers_out else (0,)
     register_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    shape = (batch, n_head, n_registers + n_tokens) if keep and not plans["whole"] else (0,)
-    stats = torch.empty(shape, dtype=torch.float32, device=qkv.device)
+    stats = torch.empty(
+        _stats_size(batch * n_head, n_tokens, n_registers, registers_out) if keep and not plans["whole"] else 0,
+        dtype=torch.float32,
+        device=qkv.device,
+    )
 
     if plans["whole"]:
         _whole_forward_kernel[(batch * n_head,)](
@@ -213,7 +222,8 @@ def _forward(
             n_tokens, n_registers, n_head, scale, n_chunks, **plans["register_forward"],
         )  # fmt: skip
         _register_join_kernel[(batch * n_head * triton.cdiv(n_registers, JOIN_ROWS),)](
-            m, total, acc, register_out, stats, n_tokens, n_registers, n_head, n_chunks,
+            m, total, acc, register_out, stats[batch * n_head * n_tokens :] if keep else stats,
+            n_registers, n_head, n_chunks, scale,
             KEEP_STATS=keep, **plans["register_join"],
         )  # fmt: skip
     return out, register_out, stats
@@ -261,9 +271,10 @@ def _backward(
             qk, v, rope, registers, out, grad_out, stats, delta, grad_qkv, partial, *strides, *grads[:2],
             n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_q,
         )  # fmt: skip
+        register_stats = stats[batch * n_head * n_tokens :] if registers_out else stats
         _grad_key_kernel[(batch * n_head * (blocks_k + registers_out),)](
-            qk, v, rope, registers, register_out, grad_out, grad_register_out, stats, delta, grad_qkv, partial,
-            *strides, *grads, n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_k,
+            qk, v, rope, registers, register_out, grad_out, grad_register_out, stats, register_stats,
+            delta, grad_qkv, partial, *strides, *grads, n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_k,
         )  # fmt: skip
 
     if register_qkv is None:
@@ -306,7 +317,9 @@ def _forward_fake(qkv, rope, register_qkv, n_head, window, registers_out, keep_s
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
         qkv.new_empty((batch, n_registers, width // 3) if registers_out else (0,)),
-        qkv.new_empty((batch, n_head, n_registers + n_tokens) if saved else (0,), dtype=torch.float32),
+        qkv.new_empty(
+            (_stats_size(batch * n_head, n_tokens, n_registers, registers_out) if saved else 0,), dtype=torch.float32
+        ),
     )
 
 
@@ -348,7 +361,8 @@ class _RopeAttention(torch.autograd.Function):
 def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window, needed):
     from fastblocks.eager import attention as eager
 
-    with torch.enable_grad():
+    # Only the unfused formula of scaled_dot_product_attention has second derivatives.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         results = eager.rope_attention(qkv, rope, n_head, window, register_qkv, grad_register_out is not None)
         results = results if isinstance(results, tuple) else (results,)
         pairs = [(y, g) for y, g in zip(results, (grad_out, grad_register_out), strict=False) if g is not None]
@@ -405,7 +419,7 @@ KERNELS = {
     "register_forward": _register_forward_kernel,
     "register_join": _register_join_kernel,
 }
-STATISTICS = ("rope_ptr", "stats_ptr", "delta_ptr", "partial_ptr", "m_ptr", "total_ptr", "acc_ptr")  # float32 always
+STATISTICS = ("rope_ptr", "stats_ptr", "register_stats_ptr", "delta_ptr", "partial_ptr", "m_ptr", "total_ptr", "acc_ptr")  # float32 always
 
 
 def _type_of(name: str, element: str) -> str:

@@ -53,14 +53,15 @@ def _reached(start, n_tokens, reach, ROWS: tl.constexpr, BLOCK: tl.constexpr, HA
 
 
 @triton.jit
-def _softmax_step(s, v, m, total, acc, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys of an online softmax; s [queries, keys] in powers of two."""
+def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """One block of keys of an online softmax. s [queries, keys] and the maximum m are unscaled: the difference of two
+    large scores is then rounded once, and `scale` also turns e into 2."""
     m_new = tl.maximum(m, tl.max(s, 1))
     base = m_new
     if MASKED:
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
-    p = tl.exp2(s - base[:, None])
-    shrink = tl.exp2(m - base)
+    p = tl.exp2((s - base[:, None]) * scale)
+    shrink = tl.exp2((m - base) * scale)
     acc = acc * shrink[:, None] + dot(narrow(p, v.dtype), v, PRECISION)
     return m_new, total * shrink + tl.sum(p, 1), acc
 
@@ -99,7 +100,7 @@ def _blocks_forward_kernel(
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, KEEP_STATS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·blocks,), blocks fastest. stats: (B, H, R + T), the registers' first (not written here)."""
+    """grid (B·H·blocks,), blocks fastest. stats: (B, H, T)."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start_m = (tl.program_id(0) % n_blocks) * BLOCK_M
     slab = tl.program_id(0) // n_blocks
@@ -128,8 +129,8 @@ def _blocks_forward_kernel(
         v_r = load_rows(
             register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False
         )
-        s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
-        m, total, acc = _softmax_step(s_r, v_r, m, total, acc, PRECISION, False)
+        s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
+        m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, False)
 
     low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for i in range(0, before + after):
@@ -139,22 +140,22 @@ def _blocks_forward_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
         )  # fmt: skip
         mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, reach, HAS_WINDOW)
-        s = tl.where(mask, dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))  # [BLOCK_M, BLOCK_N]
-        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, True)
+        s = tl.where(mask, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_M, BLOCK_N]
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, True)
     for i in range(before, before + interior):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, low + i * BLOCK_N, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, True, ROTATE,
         )  # fmt: skip
-        m, total, acc = _softmax_step(dot(q, tl.trans(k), PRECISION) * scale, v, m, total, acc, PRECISION, False)
+        m, total, acc = _softmax_step(dot(q, tl.trans(k), PRECISION), v, m, total, acc, scale, PRECISION, False)
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     store_rows(
         out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D
     )
     if KEEP_STATS:
-        stats_ptr += slab.to(tl.int64) * (n_registers + n_tokens) + n_registers
-        tl.store(stats_ptr + offs_m, m + tl.log2(total), mask=offs_m < n_tokens)
+        stats_ptr += slab.to(tl.int64) * n_tokens
+        tl.store(stats_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
 
 
 @triton.jit
@@ -193,7 +194,7 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + slab.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
-    stats_ptr += slab.to(tl.int64) * (n_registers + n_tokens) + n_registers
+    stats_ptr += slab.to(tl.int64) * n_tokens
     lse = tl.load(stats_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
@@ -275,7 +276,7 @@ def _query_block(
 @triton.jit
 def _grad_key_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_out_ptr, grad_register_out_ptr, stats_ptr,
-    delta_ptr, grad_qkv_ptr, partial_ptr,
+    register_stats_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
     n_tokens, n_registers, reach, n_head, scale, n_slots,
@@ -296,10 +297,9 @@ def _grad_key_kernel(
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
     grad_out_ptr += b * stride_grad_b + h * HEAD_DIM
-    stats_ptr += slab.to(tl.int64) * (n_registers + n_tokens)
+    stats_ptr += slab.to(tl.int64) * n_tokens
     delta_ptr += slab.to(tl.int64) * n_tokens
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
-    token_stats_ptr = stats_ptr + n_registers
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
 
@@ -330,7 +330,8 @@ def _grad_key_kernel(
         register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
         out_r = load_rows(register_out_ptr, offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
         delta_r = tl.sum(out_r.to(tl.float32) * do_r.to(tl.float32), 1)
-        lse_r = tl.load(stats_ptr + offs_r, mask=offs_r < n_registers, other=float("inf"))
+        register_stats_ptr += slab.to(tl.int64) * n_registers
+        lse_r = tl.load(register_stats_ptr + offs_r, mask=offs_r < n_registers, other=float("inf"))
         is_key = offs < tl.where(is_register, n_registers, left)
         dk, dv, ds_r = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, is_key[:, None], dk, dv, scale, True, PRECISION)
         dq_r = dot(tl.trans(ds_r), k, PRECISION) * (scale / LOG2_E)  # [BLOCK_R, BLOCK_D]
@@ -350,14 +351,14 @@ def _grad_key_kernel(
     for i in range(0, before + after):
         start_m = low + i * BLOCK_M + tl.where(i >= before, interior * BLOCK_M, 0)
         q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, token_stats_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
+            qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
             stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, False, ROTATE,
         )  # fmt: skip
         mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, reach, HAS_WINDOW)
         dk, dv, _ = _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, HAS_WINDOW, PRECISION)
     for i in range(before, before + interior):
         q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, token_stats_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
+            qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
             stride_qk_t, stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, True, ROTATE,
         )  # fmt: skip
         dk, dv, _ = _grad_key_step(q, do, k, v, lse, delta, lse, dk, dv, scale, False, PRECISION)

@@ -42,16 +42,16 @@ def _register_forward_kernel(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
         v = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
-        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))
-        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, False)
+        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION), float("-inf"))
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
     for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
         )  # fmt: skip
         seen = (start_n + tl.arange(0, BLOCK_N) < n_tokens)[None, :]
-        s = tl.where(seen, dot(q, tl.trans(k), PRECISION) * scale, float("-inf"))  # [BLOCK_R, BLOCK_N]
-        m, total, acc = _softmax_step(s, v, m, total, acc, PRECISION, False)
+        s = tl.where(seen, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_R, BLOCK_N]
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
 
     row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
     tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
@@ -61,7 +61,7 @@ def _register_forward_kernel(
 
 @triton.jit
 def _register_join_kernel(
-    m_ptr, total_ptr, acc_ptr, register_out_ptr, stats_ptr, n_tokens, n_registers, n_head, n_chunks,
+    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_stats_ptr, n_registers, n_head, n_chunks, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_STATS: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
@@ -78,7 +78,7 @@ def _register_join_kernel(
         row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
         m_chunk = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
         m_new = tl.maximum(m, m_chunk)
-        shrink, grow = tl.exp2(m - m_new), tl.exp2(m_chunk - m_new)
+        shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_chunk - m_new) * scale)
         x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D, False)
         acc = acc * shrink[:, None] + x * grow[:, None]
         total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
@@ -87,8 +87,8 @@ def _register_join_kernel(
     register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
     store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_STATS:
-        stats_ptr += slab.to(tl.int64) * (n_registers + n_tokens)
-        tl.store(stats_ptr + offs_r, m + tl.log2(total), mask=mask_r)
+        register_stats_ptr += slab.to(tl.int64) * n_registers
+        tl.store(register_stats_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
 
 
 @triton.jit

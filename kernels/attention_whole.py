@@ -38,10 +38,10 @@ def _load_keys(
 
 @triton.jit
 def _scores(
-    q, k, offs_q, offs_k, n_registers, n_rows, reach, scale,
+    q, k, offs_q, offs_k, n_registers, n_rows, reach,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = dot(q, tl.trans(k), PRECISION) * scale  # [queries, keys], in powers of two
+    s = dot(q, tl.trans(k), PRECISION)  # [queries, keys], unscaled
     if MASKED:
         s = tl.where(visible(offs_q, offs_k, n_registers, n_rows, reach, HAS_WINDOW, HAS_REGISTERS), s, float("-inf"))
     return s
@@ -94,20 +94,20 @@ def _whole_forward_kernel(
             q = narrow(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
 
         s_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, scale, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
+            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
         )  # [BLOCK_M, BLOCK_A]
         m = tl.max(s_a, 1)
         if BLOCK_B > 0:
             s_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, scale, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
+                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(s_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may see nothing
-        p_a = tl.exp2(s_a - m[:, None])
+        p_a = tl.exp2((s_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
         acc = dot(narrow(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         if BLOCK_B > 0:
-            p_b = tl.exp2(s_b - m[:, None])
+            p_b = tl.exp2((s_b - m[:, None]) * scale)
             total += tl.sum(p_b, 1)
             acc += dot(narrow(p_b, v_b.dtype), v_b, PRECISION)
         acc = acc / total[:, None]
@@ -187,19 +187,19 @@ def _whole_backward_kernel(
             do = load_rows(grad_out_ptr, offs_m - n_registers, n_tokens, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
 
         p_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, scale, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
+            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
         )  # [BLOCK_M, BLOCK_A]
         m = tl.max(p_a, 1)
         if BLOCK_B > 0:
             p_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, scale, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
+                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(p_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)
-        p_a = tl.exp2(p_a - m[:, None])
+        p_a = tl.exp2((p_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
         if BLOCK_B > 0:
-            p_b = tl.exp2(p_b - m[:, None])
+            p_b = tl.exp2((p_b - m[:, None]) * scale)
             total += tl.sum(p_b, 1)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # rows past the end: P = 0, not NaN
         p_a *= inverse[:, None]

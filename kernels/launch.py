@@ -44,19 +44,23 @@ class CompileCase:
 
 
 def attention_is_whole(n_rows: int, block_d: int, element_size: int, architecture: str) -> bool:
-    """Whether a program holds all keys of a head."""
-    if element_size == 4:
-        return n_rows <= 64 and block_d <= 64
-    return n_rows <= (384 if block_d <= 32 else 128) and n_rows * block_d <= 128 * 64 * 2
+    """Whether a program holds all keys of a head. Past 128 rows the operands of the loop over queries no longer fit:
+    282 rows in backward spill 1 to 7 kB a thread in every shape tried, 4 to 16 warps."""
+    if element_size == 4:  # products without tensor cores keep their operands in registers
+        return n_rows <= 64 and block_d <= 32
+    return n_rows <= 128 and n_rows * block_d <= 128 * 64
 
 
 def attention_config(kernel: str, n_rows: int, block_d: int, element_size: int, architecture: str) -> LaunchConfig:
     """The launch of one attention kernel; block_d is the padded head size."""
-    wide = element_size == 4
-    if kernel == "whole_forward":
-        return config(4, 1, BLOCK_M=128 if n_rows <= 128 else 64)
-    if kernel == "whole_backward":
-        return config(4, 1, BLOCK_M=128) if n_rows <= 128 else config(8, 1, BLOCK_M=32)
-    if wide:
-        return config(4, 1, BLOCK_M=32, BLOCK_N=32)
-    return config(4, 2, BLOCK_M=64, BLOCK_N=64 if block_d <= 64 else 32)
+    if kernel.startswith("whole"):
+        return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
+    if element_size == 4:
+        if block_d <= 64:
+            return config(8, 1, BLOCK_M=32, BLOCK_N=32)
+        return config(8, 1, BLOCK_M=16, BLOCK_N=16)
+    if block_d > 64:
+        return config(8, 1, BLOCK_M=64, BLOCK_N=32) if kernel != "grad_key" else config(8, 1, BLOCK_M=32, BLOCK_N=64)
+    if kernel == "grad_key":
+        return config(8, 2, BLOCK_M=32, BLOCK_N=128) if block_d <= 32 else config(4, 2, BLOCK_M=32, BLOCK_N=64)
+    return config(8, 2, BLOCK_M=128, BLOCK_N=64)
