@@ -75,7 +75,9 @@ def _key_block(
     offs = tl.arange(0, BLOCK_N)
     left = n_tokens - start
     k_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t + n_channels
-    k = load_rotated(k_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE)
+    k = load_rotated(
+        k_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE
+    )
     v = load_rows(v_ptr + tl.cast(start, tl.int64) * stride_v_t, offs, left, stride_v_t, HEAD_DIM, BLOCK_D, EVEN)
     return k, v
 
@@ -112,8 +114,9 @@ def _blocks_forward_kernel(
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
 
     offs_m = start_m + tl.arange(0, BLOCK_M)
+    query_rope_ptr = token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM
     q = load_rotated(
-        qk_ptr + start_m.to(tl.int64) * stride_qk_t, token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM, tl.arange(0, BLOCK_M),
+        qk_ptr + start_m.to(tl.int64) * stride_qk_t, query_rope_ptr, tl.arange(0, BLOCK_M),
         n_tokens - start_m, stride_qk_t, HEAD_DIM, BLOCK_D, False, ROTATE,
     )  # fmt: skip
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -126,14 +129,12 @@ def _blocks_forward_kernel(
         k_r = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
-        v_r = load_rows(
-            register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False
-        )
+        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
         m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, False)
 
     low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for i in range(0, before + after):
+    for i in range(before + after):
         start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
@@ -150,9 +151,7 @@ def _blocks_forward_kernel(
         m, total, acc = _softmax_step(dot(q, tl.trans(k), PRECISION), v, m, total, acc, scale, PRECISION, False)
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
-    store_rows(
-        out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D
-    )
+    store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_STATS:
         stats_ptr += slab.to(tl.int64) * n_tokens
         tl.store(stats_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
@@ -184,8 +183,9 @@ def _grad_query_kernel(
     offs = tl.arange(0, BLOCK_M)
     offs_m = start_m + offs
     left = n_tokens - start_m
+    query_rope_ptr = token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM
     q = load_rotated(
-        qk_ptr + start_m.to(tl.int64) * stride_qk_t, token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM, offs, left, stride_qk_t,
+        qk_ptr + start_m.to(tl.int64) * stride_qk_t, query_rope_ptr, offs, left, stride_qk_t,
         HEAD_DIM, BLOCK_D, False, ROTATE,
     )  # fmt: skip
     grad_out_ptr += b * stride_grad_b + start_m.to(tl.int64) * stride_grad_t + h * HEAD_DIM
@@ -204,9 +204,7 @@ def _grad_query_kernel(
         k_r = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
-        v_r = load_rows(
-            register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False
-        )
+        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
         p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
         ds_r = narrow(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
@@ -219,7 +217,7 @@ def _grad_query_kernel(
         store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
     low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for i in range(0, before + after):
+    for i in range(before + after):
         start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
@@ -239,7 +237,14 @@ def _grad_query_kernel(
         dq += dot(narrow(ds, k.dtype), k, PRECISION)
 
     dq = rotate(
-        dq * (scale / LOG2_E), token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM, offs, left, HEAD_DIM, BLOCK_D, False, True
+        dq * (scale / LOG2_E),
+        token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM,
+        offs,
+        left,
+        HEAD_DIM,
+        BLOCK_D,
+        False,
+        True,
     )
     grad_qkv_ptr += (b * n_tokens + start_m) * (3 * n_channels) + h * HEAD_DIM
     store_rows(grad_qkv_ptr, dq, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
@@ -265,7 +270,9 @@ def _query_block(
     offs = tl.arange(0, BLOCK_M)
     left = n_tokens - start
     q_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t
-    q = load_rotated(q_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE)
+    q = load_rotated(
+        q_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE
+    )
     do_ptr = grad_out_ptr + tl.cast(start, tl.int64) * stride_grad_t
     do = load_rows(do_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
     lse = tl.load(stats_ptr + start + offs, mask=offs < left, other=float("inf"))
@@ -324,9 +331,7 @@ def _grad_key_kernel(
             register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
         grad_register_out_ptr += b * stride_grad_register_b + h * HEAD_DIM
-        do_r = load_rows(
-            grad_register_out_ptr, offs_r, n_registers, stride_grad_register_r, HEAD_DIM, BLOCK_D, False
-        )
+        do_r = load_rows(grad_register_out_ptr, offs_r, n_registers, stride_grad_register_r, HEAD_DIM, BLOCK_D, False)
         register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
         out_r = load_rows(register_out_ptr, offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
         delta_r = tl.sum(out_r.to(tl.float32) * do_r.to(tl.float32), 1)
@@ -345,10 +350,12 @@ def _grad_key_kernel(
 
     low, before, interior, after = _reached(start_n, n_tokens, reach, BLOCK_N, BLOCK_M, HAS_WINDOW)
     if REGISTERS_OUT:  # a block of registers as keys: the queries of tokens have been there, in the other kernel
-        before, interior, after = tl.where(is_register, 0, before), tl.where(is_register, 0, interior), tl.where(
-            is_register, 0, after
+        before, interior, after = (
+            tl.where(is_register, 0, before),
+            tl.where(is_register, 0, interior),
+            tl.where(is_register, 0, after),
         )
-    for i in range(0, before + after):
+    for i in range(before + after):
         start_m = low + i * BLOCK_M + tl.where(i >= before, interior * BLOCK_M, 0)
         q, do, lse, delta = _query_block(
             qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
@@ -366,6 +373,13 @@ def _grad_key_kernel(
     grad_qkv_ptr += (b * n_tokens + start_n) * (3 * n_channels) + h * HEAD_DIM
     store_rows(grad_qkv_ptr + 2 * n_channels, dv, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
     dk = rotate(
-        dk * (scale / LOG2_E), token_rope_ptr + start_n.to(tl.int64) * HEAD_DIM, offs, left, HEAD_DIM, BLOCK_D, False, True
+        dk * (scale / LOG2_E),
+        token_rope_ptr + start_n.to(tl.int64) * HEAD_DIM,
+        offs,
+        left,
+        HEAD_DIM,
+        BLOCK_D,
+        False,
+        True,
     )
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)

@@ -1,7 +1,7 @@
 """What is particular to registers in attention over a long sequence: their output, and their gradients' sums.
 
-A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split into chunks, a program
-each; their partial softmaxes (m, l, acc) are joined in the order of the chunks. The gradients of registers are sums
+A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split into chunks, one a
+program; their partial softmaxes (m, l, acc) are joined in the order of the chunks. The gradients of registers are sums
 over all tokens (and the batch, where it shares its registers): each block of tokens has left a float32 partial sum, and
 they are added in the order of the blocks. No atomics: two runs give the same bits.
 
@@ -21,7 +21,8 @@ def _register_forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·chunks,). m, total: (B, H, chunks, R); acc: (B, H, chunks, R, D). Chunk 0 has the registers' keys too."""
+    """grid (B·H·chunks,). m, total: (B, H, chunks, R); acc: (B, H, chunks, R, D). The registers'
+    own keys belong to chunk 0."""
     chunk = tl.program_id(0) % n_chunks
     slab = tl.program_id(0) // n_chunks
     b = (slab // n_head).to(tl.int64)
@@ -93,7 +94,8 @@ def _register_join_kernel(
 
 @triton.jit
 def _register_gradient_kernel(
-    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_slots, n_batches, first_slot, last_slot_q, last_slot,
+    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_slots, n_batches,
+    first_slot, last_slot_q, last_slot,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REGISTERS_OUT: tl.constexpr,
 ):  # fmt: skip
     """Add up slots first_slot … last_slot - 1 (for q: last_slot_q) of n_batches batches, rotate q and k back, store.

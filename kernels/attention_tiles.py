@@ -87,9 +87,7 @@ def load_sequence(
     """Rows of the whole sequence: registers from one tensor, tokens from the other."""
     if HAS_REGISTERS:
         registers = load_rows(register_ptr, offs, n_registers, stride_register, HEAD_DIM, BLOCK_D, False)
-        tokens = load_rows(
-            token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D, False
-        )
+        tokens = load_rows(token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D, False)
         return tl.where((offs < n_registers)[:, None], registers, tokens)
     return load_rows(token_ptr, offs, n_rows, stride_token, HEAD_DIM, BLOCK_D, EVEN)
 

@@ -3,8 +3,8 @@
     P = softmax(scale · q kᵀ + mask),  out = P v
     dv = Pᵀ dout,  dP = dout vᵀ,  dS = P ∘ (dP − rowsum(P ∘ dP)),  dq = scale · dS k,  dk = scale · dSᵀ q
 
-Rows are registers, then tokens. The keys are two tiles of BLOCK_A + BLOCK_B rows (a power of two each, so 282 rows
-become 256 + 32 instead of 512; BLOCK_B = 0: one tile); queries pass in blocks of BLOCK_M, once where all fit. A row
+Rows are registers, then tokens. The keys are two tiles of BLOCK_A + BLOCK_B rows (a power of two each, so 70 rows
+become 64 + 16 instead of 128; BLOCK_B = 0: one tile); queries pass in blocks of BLOCK_M, once where all fit. A row
 sees all its keys at once, so there is no running maximum, nothing is saved for backward but the inputs, and backward
 is one kernel of five products, where the kernels for long sequences need seven.
 
@@ -13,8 +13,16 @@ stays in the caches. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 
 decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T / (8·D) clocks of them a byte.
 """
 
-from fastblocks.kernels.attention_tiles import LOG2_E, dot, load_rows, load_sequence, narrow, rotate, visible
-from fastblocks.kernels.attention_tiles import store_rows
+from fastblocks.kernels.attention_tiles import (
+    LOG2_E,
+    dot,
+    load_rows,
+    load_sequence,
+    narrow,
+    rotate,
+    store_rows,
+    visible,
+)
 from fastblocks.kernels.runtime import tl, triton
 
 

@@ -10,7 +10,7 @@ from tests.reference import attention as reference
 
 pytest.importorskip("triton")
 
-from fastblocks.kernels import attention, launch
+from fastblocks.kernels import attention, attention_launchers, launch
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -54,7 +54,9 @@ def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=Fals
     wide = [x.detach().double().requires_grad_() if x is not None else None for x in (qkv, register_qkv)]
     exact = list(reference.rope_attention(wide[0], rope, heads, window, wide[1]))
     count = 2 if registers_out else 1
-    grads = torch.autograd.grad(exact[:count], [x for x in wide if x is not None], [g.double() for g in upstream[:count]])
+    grads = torch.autograd.grad(
+        exact[:count], [x for x in wide if x is not None], [g.double() for g in upstream[:count]]
+    )
     exact = [exact[0], exact[1] if registers_out else None, *grads, None]
     eager = run("eager", qkv, rope, heads, window, register_qkv, registers_out, upstream)
     fused = run("triton", qkv, rope, heads, window, register_qkv, registers_out, upstream)
@@ -71,11 +73,11 @@ def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=Fals
 def blocks(monkeypatch):
     """Short sequences through the kernels for long ones, with a pass that rotates and several chunks where they may."""
     monkeypatch.setattr(launch, "attention_is_whole", lambda *_: False)
-    monkeypatch.setattr(attention, "CHUNK", 64)
-    monkeypatch.setattr(attention, "ROTATE_FROM", 128)
-    attention._plan.cache_clear()
+    monkeypatch.setattr(attention_launchers, "CHUNK", 64)
+    monkeypatch.setattr(attention_launchers, "ROTATE_FROM", 128)
+    attention_launchers._plan.cache_clear()
     yield
-    attention._plan.cache_clear()
+    attention_launchers._plan.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 127, 129, 200])
@@ -251,9 +253,9 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
 
 def test_two_tiles_hold_the_keys():
     for rows in range(1, 400):
-        a, b = attention.whole_tiles(rows)
-        assert a + b >= rows and a <= attention._tile(rows) and a + b <= attention._tile(rows)
-    assert attention.whole_tiles(282) == (256, 32) and attention.whole_tiles(64) == (64, 0)
+        a, b = attention_launchers.whole_tiles(rows)
+        assert a + b >= rows and a <= attention_launchers._tile(rows) and a + b <= attention_launchers._tile(rows)
+    assert attention_launchers.whole_tiles(282) == (256, 32) and attention_launchers.whole_tiles(64) == (64, 0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: larger than the interpreter can walk")

@@ -1,4 +1,4 @@
-"""Attention written out: every row one by one over a dense mask, in float64. Slow, obvious, and nothing of the package."""
+"""Attention written out: every row one by one over a dense mask, in float64. Slow, obvious."""
 
 import torch
 from torch import Tensor
