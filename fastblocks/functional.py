@@ -404,7 +404,7 @@ def conv_output_size(
 def convnext_mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, residual: Tensor | None = None
 ) -> Tensor:
-    """The pointwise half of a ConvNeXt block: Linear, exact (erf) GELU, Linear, back to channels first, plus a residual.
+    """The pointwise half of a ConvNeXt block: Linear, exact (erf) GELU, Linear, back to channels first, residual.
 
     Sources: Liu et al., "A ConvNet for the 2020s", 2022; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
 

@@ -52,6 +52,8 @@ class Fourier(nn.Module):
         """
         if sp.dim() != 4 or sp.shape[1] != self.n_fft // 2 + 1 or sp.shape[3] != 2:
             raise ValueError(f"istft needs sp of shape (B, {self.n_fft // 2 + 1}, frames, 2), got {tuple(sp.shape)}")
+        if sp.shape[0] == 0:  # FFT libraries refuse an empty batch
+            return sp[:, 0, :1, 0].expand(-1, original_length)
         window = self._window(sp)
         with torch.autocast(sp.device.type, enabled=False):
             spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
@@ -92,6 +94,9 @@ def short_time_spectrum(waveform: Tensor, window: Tensor, hop_length: int) -> Te
         raise ValueError(
             f"{length} samples are too short for a window of {n_fft}: the shortest clip that works has {shortest}"
         )
+    if waveform.shape[0] == 0:  # FFT libraries refuse an empty batch
+        frames = length // hop_length + 1
+        return waveform[:, :1, None].to(torch.complex64).expand(-1, shortest, frames)
     with torch.autocast(waveform.device.type, enabled=False):
         return torch.stft(waveform.to(window.dtype), n_fft, hop_length, window=window, center=True, return_complex=True)
 

@@ -1,7 +1,17 @@
 """Pointwise layers: SwiGLU and ConvNeXt's Linear, GELU, Linear."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastblocks.backend import must_trace
+from fastblocks.eager._derivatives import by_formula
+
+# Rows that go through the layer together on a CPU, so that the hidden activations stay in its cache: 2 · 352 channels
+# of 1024 rows in float32 are 2.9 MB. At 18048 rows of 128 channels the forward pass takes 35 ms instead of 58.
+_CPU_ROWS = 1024
+# Matrix products like widths that are a multiple of this: 128 -> 352 takes 9.4 ms there, 128 -> 341 11.4.
+_CPU_WIDTH = 16
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -9,7 +19,60 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
+    same_dtype = x.dtype == weight_gate.dtype == weight_up.dtype == weight_down.dtype
+    if x.is_cpu and same_dtype and x.numel() and not torch.is_autocast_enabled("cpu") and not must_trace():
+        pad = -weight_gate.shape[0] % _CPU_WIDTH
+        gate, up, down = (
+            F.pad(weight_gate, (0, 0, 0, pad)),
+            F.pad(weight_up, (0, 0, 0, pad)),
+            F.pad(weight_down, (0, pad)),
+        )
+        return _CPUSwiGLU.apply(x.reshape(-1, x.shape[-1]), gate, up, down).unflatten(0, x.shape[:-1])
+    return _swiglu_formula(x, weight_gate, weight_up, weight_down)
+
+
+def _swiglu_formula(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
     return F.linear(swiglu(F.linear(x, weight_gate), F.linear(x, weight_up)), weight_down)
+
+
+class _CPUSwiGLU(torch.autograd.Function):
+    """The layer over rows (N, C), a few at a time; keeps the two pre-activations."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
+        keep = any(ctx.needs_input_grad)
+        rows, hidden = x.shape[0], weight_gate.shape[0]
+        gate, up = (x.new_empty(rows if keep else min(rows, _CPU_ROWS), hidden) for _ in range(2))
+        y = x.new_empty(rows, weight_down.shape[0])
+        for start in range(0, rows, _CPU_ROWS):
+            part = slice(start, min(start + _CPU_ROWS, rows))
+            kept = part if keep else slice(0, part.stop - start)
+            torch.mm(x[part], weight_gate.T, out=gate[kept])
+            torch.mm(x[part], weight_up.T, out=up[kept])
+            torch.mm(F.silu(gate[kept]).mul_(up[kept]), weight_down.T, out=y[part])
+        ctx.save_for_backward(x, weight_gate, weight_up, weight_down, *((gate, up) if keep else ()))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return by_formula(_swiglu_formula, inputs, grad_y)
+        x, weight_gate, weight_up, weight_down = inputs
+        grad_x = torch.empty_like(x)
+        grads = [torch.zeros_like(weight) for weight in inputs[1:]]
+        for start in range(0, x.shape[0], _CPU_ROWS):
+            part = slice(start, start + _CPU_ROWS)
+            grad_act = grad_y[part] @ weight_down
+            act = F.silu(gate[part])
+            grad_gate = torch.ops.aten.silu_backward(grad_act * up[part], gate[part])
+            grad_up = grad_act.mul_(act)
+            torch.mm(grad_gate, weight_gate, out=grad_x[part])
+            grad_x[part].addmm_(grad_up, weight_up)
+            grads[0].addmm_(grad_gate.T, x[part])
+            grads[1].addmm_(grad_up.T, x[part])
+            grads[2].addmm_(grad_y[part].T, act.mul_(up[part]))
+        return grad_x, *grads
 
 
 def convnext_mlp(
