@@ -93,7 +93,7 @@ class _RopeAttention(torch.autograd.Function):
             return (None,) * 6
         if torch.is_grad_enabled():  # create_graph=True: the plain formula can be differentiated again
             grad_qkv, grad_register = _formula_gradients(
-                grad_out, grad_register_out, qkv, rope, register_qkv, ctx.n_head, ctx.window, ctx.needs_input_grad
+                grad_out, grad_register_out, qkv, rope, register_qkv, ctx.n_head, ctx.window
             )
             return grad_qkv, None, grad_register, None, None, None
         if grad_out is None:
@@ -106,20 +106,20 @@ class _RopeAttention(torch.autograd.Function):
         return grad_qkv, None, None if register_qkv is None else grad_register, None, None, None
 
 
-def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window, needed):
+def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window):
+    """Gradients of qkv and register_qkv that can be differentiated again."""
     from fastblocks.eager import attention as eager
+    from fastblocks.eager._derivatives import by_formula
 
-    # Only the unfused formula of scaled_dot_product_attention has second derivatives.
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    grads = [grad for grad in (grad_out, grad_register_out) if grad is not None]
+
+    def formula(qkv: Tensor, register_qkv: Tensor | None) -> list[Tensor]:
         results = eager.rope_attention(qkv, rope, n_head, window, register_qkv, grad_register_out is not None)
         results = results if isinstance(results, tuple) else (results,)
-        pairs = [(y, g) for y, g in zip(results, (grad_out, grad_register_out), strict=False) if g is not None]
-        wanted = [x for x, flag in ((qkv, needed[0]), (register_qkv, needed[2])) if flag]
-        grads = torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
-        )
-    grads = iter(grads)
-    return next(grads) if needed[0] else None, next(grads) if needed[2] else None
+        return list(results[-len(grads) :])  # only the registers' if nobody asked for the gradient of the tokens'
+
+    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
+        return by_formula(formula, (qkv, register_qkv), grads)
 
 
 def _autograd(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats):

@@ -4,7 +4,7 @@ What follows from shapes alone is worked out once a shape (`_plan`, cached): a c
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -140,6 +140,20 @@ def _rotated(qkv: Tensor, rope: Tensor, n_registers: int, n_head: int, plan: dic
     return rotated
 
 
+def _on_its_device(launch_kernels):
+    """Triton launches on the current device, which need not be the tensors'."""
+
+    @wraps(launch_kernels)
+    def launch_there(x: Tensor, *arguments):
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return launch_kernels(x, *arguments)
+        with torch.cuda.device(x.device):
+            return launch_kernels(x, *arguments)
+
+    return launch_there
+
+
+@_on_its_device
 def forward(
     qkv: Tensor, rope: Tensor, register_qkv: Tensor | None, n_head: int, window: int, registers_out: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +209,7 @@ def forward(
     return out, register_out, stats
 
 
+@_on_its_device
 def backward(
     grad_out: Tensor, grad_register_out: Tensor | None, qkv: Tensor, rope: Tensor, register_qkv: Tensor | None,
     out: Tensor, register_out: Tensor, stats: Tensor, n_head: int, window: int,
