@@ -258,7 +258,7 @@ def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, MASKED: tl.cons
         p = tl.where(mask, p, 0.0)
     dv += dot(narrow(p, do.dtype), do, PRECISION)
     ds = narrow(p * (dot(v, tl.trans(do), PRECISION) - delta[None, :]), q.dtype)
-    return dk + dot(ds, q, PRECISION), dv, ds
+    return dk + dot(ds, q, PRECISION), dv
 
 
 @triton.jit
@@ -281,23 +281,35 @@ def _query_block(
 
 
 @triton.jit
+def _register_queries(
+    register_ptr, rope_ptr, out_ptr, grad_out_ptr, stats_ptr,
+    n_registers, n_channels, stride_register_r, stride_grad_r,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Rotated q, dout and the statistics of one head's registers; what is past the end has P = 0."""
+    offs = tl.arange(0, BLOCK_R)
+    q = load_rotated(register_ptr, rope_ptr, offs, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
+    do = load_rows(grad_out_ptr, offs, n_registers, stride_grad_r, HEAD_DIM, BLOCK_D, False)
+    out = load_rows(out_ptr, offs, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
+    lse = tl.load(stats_ptr + offs, mask=offs < n_registers, other=float("inf"))
+    return q, do, lse, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+
+
+@triton.jit
 def _grad_key_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_out_ptr, grad_register_out_ptr, stats_ptr,
-    register_stats_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    register_stats_ptr, delta_ptr, grad_qkv_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, reach, n_head, scale, n_slots,
+    n_tokens, n_registers, reach, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of tokens. REGISTERS_OUT: registers are queries too; their dq of these keys goes to slot
-    1 + block of partial, and one more block has the registers as keys: its dq, dk and dv go to slot 0.
-    grid (B·H·(blocks + REGISTERS_OUT),)."""
+    """dk and dv of a block of tokens. REGISTERS_OUT: registers are queries too. grid (B·H·blocks,)."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_N)
-    n_programs = n_blocks + 1 if REGISTERS_OUT else n_blocks
-    block = tl.program_id(0) % n_programs
-    slab = tl.program_id(0) // n_programs
+    block = tl.program_id(0) % n_blocks
+    slab = tl.program_id(0) // n_blocks
     b = (slab // n_head).to(tl.int64)
     h = slab % n_head
     n_channels = n_head * HEAD_DIM
@@ -319,42 +331,16 @@ def _grad_key_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
     )  # fmt: skip
     if REGISTERS_OUT:
-        offs_r = tl.arange(0, BLOCK_R)
-        register_ptr += b * stride_register_b + h * HEAD_DIM
-        is_register = block == n_blocks  # its token rows are past the end: all zeros
-        end_r = tl.where(is_register, n_registers, 0)
-        k += load_rotated(
-            register_ptr + n_channels, rope_ptr, offs, end_r, stride_register_r, HEAD_DIM, BLOCK_D, False, True
-        )
-        v += load_rows(register_ptr + 2 * n_channels, offs, end_r, stride_register_r, HEAD_DIM, BLOCK_D, False)
-        q_r = load_rotated(
-            register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
-        )
-        grad_register_out_ptr += b * stride_grad_register_b + h * HEAD_DIM
-        do_r = load_rows(grad_register_out_ptr, offs_r, n_registers, stride_grad_register_r, HEAD_DIM, BLOCK_D, False)
-        register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
-        out_r = load_rows(register_out_ptr, offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
-        delta_r = tl.sum(out_r.to(tl.float32) * do_r.to(tl.float32), 1)
-        register_stats_ptr += slab.to(tl.int64) * n_registers
-        lse_r = tl.load(register_stats_ptr + offs_r, mask=offs_r < n_registers, other=float("inf"))
-        is_key = offs < tl.where(is_register, n_registers, left)
-        dk, dv, ds_r = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, is_key[:, None], dk, dv, scale, True, PRECISION)
-        dq_r = dot(tl.trans(ds_r), k, PRECISION) * (scale / LOG2_E)  # [BLOCK_R, BLOCK_D]
-        slot = b * n_slots + tl.where(is_register, 0, 1 + block)
-        partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
-        store_rows(partial_ptr, dq_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
-        partial_ptr += n_channels
-        dk_r = dk * (scale / LOG2_E)
-        store_rows(partial_ptr, dk_r, offs, end_r, 3 * n_channels, HEAD_DIM, BLOCK_D)
-        store_rows(partial_ptr + n_channels, dv, offs, end_r, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        q_r, do_r, lse_r, delta_r = _register_queries(
+            register_ptr + b * stride_register_b + h * HEAD_DIM, rope_ptr,
+            register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
+            grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
+            register_stats_ptr + slab.to(tl.int64) * n_registers,
+            n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+        dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, lse_r, dk, dv, scale, False, PRECISION)
 
     low, before, interior, after = _reached(start_n, n_tokens, reach, BLOCK_N, BLOCK_M, HAS_WINDOW)
-    if REGISTERS_OUT:  # a block of registers as keys: the queries of tokens have been there, in the other kernel
-        before, interior, after = (
-            tl.where(is_register, 0, before),
-            tl.where(is_register, 0, interior),
-            tl.where(is_register, 0, after),
-        )
     for i in range(before + after):
         start_m = low + i * BLOCK_M + tl.where(i >= before, interior * BLOCK_M, 0)
         q, do, lse, delta = _query_block(
@@ -362,13 +348,13 @@ def _grad_key_kernel(
             stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, False, ROTATE,
         )  # fmt: skip
         mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, reach, HAS_WINDOW)
-        dk, dv, _ = _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, HAS_WINDOW, PRECISION)
+        dk, dv = _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, HAS_WINDOW, PRECISION)
     for i in range(before, before + interior):
         q, do, lse, delta = _query_block(
             qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
             stride_qk_t, stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, True, ROTATE,
         )  # fmt: skip
-        dk, dv, _ = _grad_key_step(q, do, k, v, lse, delta, lse, dk, dv, scale, False, PRECISION)
+        dk, dv = _grad_key_step(q, do, k, v, lse, delta, lse, dk, dv, scale, False, PRECISION)
 
     grad_qkv_ptr += (b * n_tokens + start_n) * (3 * n_channels) + h * HEAD_DIM
     store_rows(grad_qkv_ptr + 2 * n_channels, dv, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)

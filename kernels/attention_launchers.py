@@ -17,6 +17,7 @@ from fastblocks.kernels.attention_blocks import (
     _rotate_kernel,
 )
 from fastblocks.kernels.attention_registers import (
+    _register_backward_kernel,
     _register_forward_kernel,
     _register_gradient_kernel,
     _register_join_kernel,
@@ -87,13 +88,12 @@ def _plan(
         plans[name] = {**shared, **products, **flags, **chosen.keywords()}
     plans["blocks_forward"]["HAS_REGISTERS"] = plans["grad_query"]["HAS_REGISTERS"] = n_registers > 0
     plans["grad_key"]["REGISTERS_OUT"] = registers_out
-    if registers_out:  # there the registers are a block of keys
-        plans["grad_key"]["BLOCK_N"] = max(plans["grad_key"]["BLOCK_N"], block_r)
     plans["rotate"] = {**shared, "BLOCK_M": max(MIN_TILE, 4096 // block_d), "num_warps": 4}
     plans["register_forward"] = {
         **shared, **products, "BLOCK_R": block_r, "BLOCK_N": plans["blocks_forward"]["BLOCK_N"], "CHUNK": CHUNK,
         "ROTATE": rotate, "num_warps": plans["blocks_forward"]["num_warps"], "num_stages": 1,
     }  # fmt: skip
+    plans["register_backward"] = plans["register_forward"]
     plans["register_join"] = {**shared, "BLOCK_R": JOIN_ROWS, "num_warps": 1}
     return scalars, plans
 
@@ -244,8 +244,9 @@ def backward(
         )  # fmt: skip
         plan_q, plan_k = plans["grad_query"], plans["grad_key"]
         blocks_q, blocks_k = triton.cdiv(n_tokens, plan_q["BLOCK_M"]), triton.cdiv(n_tokens, plan_k["BLOCK_N"])
-        n_slots = 1 + max(blocks_q, blocks_k)
-        first_slot, last_slot_q, last_slot = 0 if registers_out else 1, 1 + blocks_k, 1 + blocks_q
+        n_chunks = triton.cdiv(n_tokens, CHUNK) if registers_out else 0
+        n_slots = max(1 + blocks_q, n_chunks)
+        first_slot, last_slot_q, last_slot = 0 if registers_out else 1, n_chunks, 1 + blocks_q
         partial = _partials(qkv, n_slots, n_registers)
         delta = torch.empty((batch, n_head, n_tokens), dtype=torch.float32, device=qkv.device)
         _grad_query_kernel[(batch * n_head * blocks_q,)](
@@ -253,10 +254,15 @@ def backward(
             n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_q,
         )  # fmt: skip
         register_stats = stats[batch * n_head * n_tokens :] if registers_out else stats
-        _grad_key_kernel[(batch * n_head * (blocks_k + registers_out),)](
+        _grad_key_kernel[(batch * n_head * blocks_k,)](
             qk, v, rope, registers, register_out, grad_out, grad_register_out, stats, register_stats,
-            delta, grad_qkv, partial, *strides, *grads, n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_k,
+            delta, grad_qkv, *strides, *grads, n_tokens, n_registers, reach, n_head, scale, **plan_k,
         )  # fmt: skip
+        if registers_out:
+            _register_backward_kernel[(batch * n_head * n_chunks,)](
+                qk, v, rope, registers, register_out, grad_register_out, register_stats, partial, *strides, *grads[2:],
+                n_tokens, n_registers, n_head, scale, n_chunks, n_slots, **plans["register_backward"],
+            )  # fmt: skip
 
     if register_qkv is None:
         return grad_qkv, qkv.new_empty((0,))
@@ -296,6 +302,7 @@ KERNELS = {
     "grad_query": _grad_query_kernel,
     "grad_key": _grad_key_kernel,
     "register_forward": _register_forward_kernel,
+    "register_backward": _register_backward_kernel,
     "register_join": _register_join_kernel,
 }
 STATISTICS = (

@@ -8,8 +8,8 @@ they are added in the order of the blocks. No atomics: two runs give the same bi
 Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
 
-from fastblocks.kernels.attention_blocks import _key_block, _softmax_step
-from fastblocks.kernels.attention_tiles import dot, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.attention_blocks import _grad_key_step, _key_block, _register_queries, _softmax_step
+from fastblocks.kernels.attention_tiles import LOG2_E, dot, load_rotated, load_rows, narrow, rotate, store_rows
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -90,6 +90,65 @@ def _register_join_kernel(
     if KEEP_STATS:
         register_stats_ptr += slab.to(tl.int64) * n_registers
         tl.store(register_stats_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
+
+
+@triton.jit
+def _register_backward_kernel(
+    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_register_out_ptr, register_stats_ptr, partial_ptr,
+    stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
+    stride_grad_register_b, stride_grad_register_r,
+    n_tokens, n_registers, n_head, scale, n_chunks, n_slots,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Registers as queries: their dq over a chunk of keys, to slot `chunk` of partial (B, n_slots, R, 3C). Chunk 0 has
+    their own keys too, with these dk and dv. grid (B·H·chunks,)."""
+    chunk = tl.program_id(0) % n_chunks
+    slab = tl.program_id(0) // n_chunks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    n_channels = n_head * HEAD_DIM
+    qk_ptr += b * stride_qk_b + h * HEAD_DIM
+    v_ptr += b * stride_v_b + h * HEAD_DIM
+    register_ptr += b * stride_register_b + h * HEAD_DIM
+    partial_ptr += (b * n_slots + chunk) * n_registers * (3 * n_channels) + h * HEAD_DIM
+    token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
+
+    offs_r = tl.arange(0, BLOCK_R)
+    q, do, lse, delta = _register_queries(
+        register_ptr, rope_ptr, register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
+        grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
+        register_stats_ptr + slab.to(tl.int64) * n_registers,
+        n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if chunk == 0:
+        k_r = load_rotated(
+            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        )
+        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
+        dq += _grad_of_queries(q, do, k_r, v_r, lse, delta, n_registers, scale, PRECISION)
+        dk = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        dk, dv = _grad_key_step(q, do, k_r, v_r, lse, delta, lse, dk, dk, scale, False, PRECISION)
+        dk *= scale / LOG2_E
+        store_rows(partial_ptr + n_channels, dk, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        store_rows(partial_ptr + 2 * n_channels, dv, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+        k, v = _key_block(
+            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+        )  # fmt: skip
+        dq += _grad_of_queries(q, do, k, v, lse, delta, n_tokens - start_n, scale, PRECISION)
+    store_rows(partial_ptr, dq * (scale / LOG2_E), offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexpr):
+    """dq, unscaled, of keys 0 ≤ n < end of a block."""
+    seen = (tl.arange(0, k.shape[0]) < end)[None, :]
+    p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
+    ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
+    return dot(narrow(ds, k.dtype), k, PRECISION)
 
 
 @triton.jit
