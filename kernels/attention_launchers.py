@@ -89,11 +89,10 @@ def _plan(
     plans["blocks_forward"]["HAS_REGISTERS"] = plans["grad_query"]["HAS_REGISTERS"] = n_registers > 0
     plans["grad_key"]["REGISTERS_OUT"] = registers_out
     plans["rotate"] = {**shared, "BLOCK_M": max(MIN_TILE, 4096 // block_d), "num_warps": 4}
-    plans["register_forward"] = {
-        **shared, **products, "BLOCK_R": block_r, "BLOCK_N": plans["blocks_forward"]["BLOCK_N"], "CHUNK": CHUNK,
-        "ROTATE": rotate, "num_warps": plans["blocks_forward"]["num_warps"], "num_stages": 1,
+    chosen = launch.attention_config("register", n_rows, block_d, size, architecture)
+    plans["register_forward"] = plans["register_backward"] = {
+        **shared, **products, "BLOCK_R": block_r, "CHUNK": CHUNK, "ROTATE": rotate, **chosen.keywords(),
     }  # fmt: skip
-    plans["register_backward"] = plans["register_forward"]
     plans["register_join"] = {**shared, "BLOCK_R": JOIN_ROWS, "num_warps": 1}
     return scalars, plans
 
