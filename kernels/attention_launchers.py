@@ -58,6 +58,7 @@ def _plan(
     has_window = window >= 0 and window // 2 < n_tokens - 1
     scalars = (n_tokens, n_registers, window // 2, n_head, head_dim**-0.5 / math.log(2))
     size = torch.finfo(dtype).bits // 8
+    sums = {**shared, "BLOCK_S": PARTIAL_TILE // block_d, "REGISTERS_OUT": registers_out, "num_warps": 4}
     if launch.attention_is_whole(n_rows, block_d, size, architecture):
         block_a, block_b = whole_tiles(n_rows)
         n_queries = n_rows if registers_out else n_tokens
@@ -68,7 +69,7 @@ def _plan(
             "BLOCK_A": block_a,
             "BLOCK_B": block_b,
         }
-        plans = {"whole": True}
+        plans = {"whole": True, "register_gradient": sums}
         for name in ("whole_forward", "whole_backward"):
             chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
             block_m = min(chosen["BLOCK_M"], _tile(n_queries))
@@ -81,7 +82,7 @@ def _plan(
 
     rotate = window >= 0 or n_tokens < ROTATE_FROM
     block_r = _tile(max(1, n_registers))
-    plans = {"whole": False, "rotated": not rotate}
+    plans = {"whole": False, "rotated": not rotate, "register_gradient": sums}
     flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
     for name in ("blocks_forward", "grad_query", "grad_key"):
         chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
@@ -267,12 +268,12 @@ def backward(
         return grad_qkv, qkv.new_empty((0,))
     grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
     groups = register_qkv.shape[0]
-    head_dim = width // (3 * n_head)
-    block_d = _tile(head_dim)
+    n_batches = batch // groups
+    if n_slots == 1:  # one partial sum a batch: as if all were of one
+        n_slots, last_slot_q, last_slot, n_batches = n_batches, n_batches, n_batches, 1
     _register_gradient_kernel[(groups * n_registers * 3 * n_head,)](
-        partial, rope, grad_register, n_registers, n_head, n_slots, batch // groups,
-        first_slot, last_slot_q, last_slot, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_S=min(_tile(last_slot), PARTIAL_TILE // block_d), REGISTERS_OUT=registers_out, num_warps=4,
+        partial, rope, grad_register, n_registers, n_head, n_slots, n_batches,
+        first_slot, last_slot_q, last_slot, **plans["register_gradient"],
     )  # fmt: skip
     return grad_qkv, grad_register
 
@@ -303,8 +304,10 @@ KERNELS = {
     "register_forward": _register_forward_kernel,
     "register_backward": _register_backward_kernel,
     "register_join": _register_join_kernel,
+    "register_gradient": _register_gradient_kernel,
 }
-STATISTICS = (
+# Float32 whatever the inputs are.
+STATISTICS = {
     "rope_ptr",
     "stats_ptr",
     "register_stats_ptr",
@@ -313,7 +316,7 @@ STATISTICS = (
     "m_ptr",
     "total_ptr",
     "acc_ptr",
-)  # float32 always
+}
 
 
 def _type_of(name: str, element: str) -> str:
@@ -330,7 +333,7 @@ def aot_cases(architecture: str = "sm_90", dtypes: tuple = (torch.bfloat16, torc
             for name, kernel in KERNELS.items():
                 if name not in plans or (name == "rotate" and not plans["rotated"]):
                     continue
-                if registers_out is False and name.startswith("register"):
+                if name.startswith("register") and not (registers_out or (name == "register_gradient" and n_registers)):
                     continue
                 constants = dict(plans[name])
                 keywords = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}

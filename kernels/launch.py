@@ -66,12 +66,17 @@ def attention_config(kernel: str, n_rows: int, block_d: int, element_size: int, 
         return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only repeat each other's operands
         return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d <= 64 else 32 if block_d <= 128 else 16)
+    if element_size == 4 and kernel == "grad_key" and block_d <= 32:
+        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # of 8 warps ptxas makes 64 registers and a spill on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes a thread at D = 64
         return config(8, 1, BLOCK_M=32, BLOCK_N=32) if block_d <= 64 else config(8, 1, BLOCK_M=16, BLOCK_N=16)
     if block_d > 64:
         return config(8, 1, BLOCK_M=32, BLOCK_N=32) if kernel == "grad_key" else config(8, 1, BLOCK_M=64, BLOCK_N=32)
+    roomy = architecture in OPERANDS_IN_SHARED_MEMORY
     if kernel == "grad_key":
-        return config(8, 2, BLOCK_M=32, BLOCK_N=128) if block_d <= 32 else config(4, 2, BLOCK_M=32, BLOCK_N=64)
-    if kernel == "grad_query" and block_d > 32 and architecture not in OPERANDS_IN_SHARED_MEMORY:
+        if block_d <= 32:
+            return config(8, 2, BLOCK_M=32, BLOCK_N=128)
+        return config(4 if roomy else 8, 2, BLOCK_M=32, BLOCK_N=64)  # 4 warps spill 8 bytes a thread on sm_80
+    if kernel == "grad_query" and block_d > 32 and not roomy:
         return config(8, 2, BLOCK_M=64, BLOCK_N=64)  # 128 queries spill 648 bytes a thread on sm_80
     return config(8, 2, BLOCK_M=128, BLOCK_N=64)

@@ -127,13 +127,13 @@ def test_registers_without_a_window_in_blocks(device, blocks):
 
 @pytest.mark.parametrize("dim", [8, 10, 24, 72, 104, 128, 256])
 def test_head_sizes(device, dim):
-    check(device, 1, 33, 2, dim, 20, 2, True, True)
+    check(device, 1, 33, 2, dim, 20, 9, True, True)  # the error of two registers alone is a matter of luck
 
 
 @pytest.mark.parametrize("dim", [8, 24, 104, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_sizes_in_blocks(device, blocks, dim, dtype):
-    check(device, 1, 70, 1, dim, 20, 2, True, True, dtype)
+    check(device, 1, 70, 1, dim, 20, 9, True, True, dtype)
 
 
 LAYOUTS = {
