@@ -188,11 +188,20 @@ def rope_attention(
         f"rope_attention: {registers} registers and {length} tokens need a rope table of at least "
         f"({registers + length}, {half}, 2), got {_shape(rope)}",
     )
-    backend.decide("rope_attention", qkv)
     if registers == 0:
         register_qkv = None
     if window >= 2 * length - 2 > 0:
         window = -1  # a window that reaches from end to end
+
+    def obstacle() -> str:
+        from fastblocks.kernels import attention
+
+        return attention.obstacle(qkv, rope, n_head, register_qkv)
+
+    if backend.decide("rope_attention", qkv, obstacle):
+        from fastblocks.kernels import attention
+
+        return attention.rope_attention(qkv, rope, n_head, window, register_qkv, return_registers)
     return eager_attention.rope_attention(qkv, rope, n_head, window, register_qkv, return_registers)
 
 

@@ -1,0 +1,184 @@
+"""What is particular to registers in attention over a long sequence: their output, and their gradients' sums.
+
+A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split into chunks, one a
+program; their partial softmaxes (m, l, acc) are joined in the order of the chunks. The gradients of registers are sums
+over all tokens (and the batch, where it shares its registers): each block of tokens has left a float32 partial sum, and
+they are added in the order of the blocks. No atomics: two runs give the same bits.
+
+Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
+"""
+
+from fastblocks.kernels.attention_blocks import _grad_key_step, _key_block, _register_queries, _softmax_step
+from fastblocks.kernels.attention_tiles import LOG2_E, dot, load_rotated, load_rows, narrow, rotate, store_rows
+from fastblocks.kernels.runtime import tl, triton
+
+
+@triton.jit
+def _register_forward_kernel(
+    qk_ptr, v_ptr, rope_ptr, register_ptr, m_ptr, total_ptr, acc_ptr,
+    stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
+    n_tokens, n_registers, n_head, scale, n_chunks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """grid (B·H·chunks,). m, total: (B, H, chunks, R); acc: (B, H, chunks, R, D). The registers'
+    own keys belong to chunk 0."""
+    chunk = tl.program_id(0) % n_chunks
+    slab = tl.program_id(0) // n_chunks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    n_channels = n_head * HEAD_DIM
+    qk_ptr += b * stride_qk_b + h * HEAD_DIM
+    v_ptr += b * stride_v_b + h * HEAD_DIM
+    register_ptr += b * stride_register_b + h * HEAD_DIM
+    token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
+
+    offs_r = tl.arange(0, BLOCK_R)
+    q = load_rotated(register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if chunk == 0:
+        k = load_rotated(
+            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        )
+        v = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
+        s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION), float("-inf"))
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
+    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+        k, v = _key_block(
+            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+        )  # fmt: skip
+        seen = (start_n + tl.arange(0, BLOCK_N) < n_tokens)[None, :]
+        s = tl.where(seen, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_R, BLOCK_N]
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
+
+    row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+    tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
+    tl.store(total_ptr + row + offs_r, total, mask=offs_r < n_registers)
+    store_rows(acc_ptr + row * HEAD_DIM, acc, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _register_join_kernel(
+    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_stats_ptr, n_registers, n_head, n_chunks, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_STATS: tl.constexpr,
+):  # fmt: skip
+    """Join the chunks' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
+    n_blocks = tl.cdiv(n_registers, BLOCK_R)
+    slab = tl.program_id(0) // n_blocks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    offs_r = (tl.program_id(0) % n_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < n_registers
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for chunk in range(n_chunks):
+        row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+        m_chunk = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
+        m_new = tl.maximum(m, m_chunk)
+        shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_chunk - m_new) * scale)
+        x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+        acc = acc * shrink[:, None] + x * grow[:, None]
+        total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
+        m = m_new
+    n_channels = n_head * HEAD_DIM
+    register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
+    store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
+    if KEEP_STATS:
+        register_stats_ptr += slab.to(tl.int64) * n_registers
+        tl.store(register_stats_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
+
+
+@triton.jit
+def _register_backward_kernel(
+    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_register_out_ptr, register_stats_ptr, partial_ptr,
+    stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
+    stride_grad_register_b, stride_grad_register_r,
+    n_tokens, n_registers, n_head, scale, n_chunks, n_slots,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Registers as queries: their dq over a chunk of keys, to slot `chunk` of partial (B, n_slots, R, 3C). Chunk 0 has
+    their own keys too, with these dk and dv. grid (B·H·chunks,)."""
+    chunk = tl.program_id(0) % n_chunks
+    slab = tl.program_id(0) // n_chunks
+    b = (slab // n_head).to(tl.int64)
+    h = slab % n_head
+    n_channels = n_head * HEAD_DIM
+    qk_ptr += b * stride_qk_b + h * HEAD_DIM
+    v_ptr += b * stride_v_b + h * HEAD_DIM
+    register_ptr += b * stride_register_b + h * HEAD_DIM
+    partial_ptr += (b * n_slots + chunk) * n_registers * (3 * n_channels) + h * HEAD_DIM
+    token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
+
+    offs_r = tl.arange(0, BLOCK_R)
+    q, do, lse, delta = _register_queries(
+        register_ptr, rope_ptr, register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
+        grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
+        register_stats_ptr + slab.to(tl.int64) * n_registers,
+        n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
+    )  # fmt: skip
+    dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    if chunk == 0:
+        k_r = load_rotated(
+            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        )
+        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
+        dq += _grad_of_queries(q, do, k_r, v_r, lse, delta, n_registers, scale, PRECISION)
+        dk = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        dk, dv = _grad_key_step(q, do, k_r, v_r, lse, delta, lse, dk, dk, scale, False, PRECISION)
+        dk *= scale / LOG2_E
+        store_rows(partial_ptr + n_channels, dk, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+        store_rows(partial_ptr + 2 * n_channels, dv, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+        k, v = _key_block(
+            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+        )  # fmt: skip
+        dq += _grad_of_queries(q, do, k, v, lse, delta, n_tokens - start_n, scale, PRECISION)
+    store_rows(partial_ptr, dq * (scale / LOG2_E), offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexpr):
+    """dq, unscaled, of keys 0 ≤ n < end of a block."""
+    seen = (tl.arange(0, k.shape[0]) < end)[None, :]
+    p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
+    ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
+    return dot(narrow(ds, k.dtype), k, PRECISION)
+
+
+@triton.jit
+def _register_gradient_kernel(
+    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_slots, n_batches,
+    first_slot, last_slot_q, last_slot,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REGISTERS_OUT: tl.constexpr,
+):  # fmt: skip
+    """Add up slots first_slot … last_slot - 1 (for q: last_slot_q) of n_batches batches, rotate q and k back, store.
+
+    partial: (B, n_slots, R, 3C) float32. grad_register: (B / n_batches, R, 3C). grid (B / n_batches · R · 3H,).
+    Without REGISTERS_OUT a register has asked nothing: its dq is zero, and no slot holds one.
+    """
+    head = tl.program_id(0) % (3 * n_head)  # of q, then k, then v
+    r = (tl.program_id(0) // (3 * n_head)) % n_registers
+    b = (tl.program_id(0) // (3 * n_head * n_registers)).to(tl.int64)
+    width = 3 * n_head * HEAD_DIM
+    last_slot = tl.where(head < n_head, last_slot_q, last_slot)
+    offs_s = tl.arange(0, BLOCK_S)
+    total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
+    for batch in range(n_batches):
+        if REGISTERS_OUT or head >= n_head:
+            ptr = partial_ptr + (b * n_batches + batch) * n_slots * (n_registers * width) + r * width + head * HEAD_DIM
+            for slot in range(first_slot, last_slot, BLOCK_S):
+                slot_ptr = ptr + tl.cast(slot, tl.int64) * (n_registers * width)
+                total += load_rows(
+                    slot_ptr, offs_s, last_slot - slot, n_registers * width, HEAD_DIM, BLOCK_D, False
+                )  # [BLOCK_S, BLOCK_D]
+    x = tl.sum(total, 0)[None, :]  # [1, BLOCK_D]
+    one = tl.arange(0, 1)
+    if head < 2 * n_head:
+        x = rotate(x, rope_ptr + r * HEAD_DIM, one, 1, HEAD_DIM, BLOCK_D, False, True)
+    store_rows(grad_register_ptr + (b * n_registers + r) * width + head * HEAD_DIM, x, one, 1, width, HEAD_DIM, BLOCK_D)

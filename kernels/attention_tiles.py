@@ -1,0 +1,108 @@
+"""Device functions that all attention kernels share: tiles of rows in and out of memory, rotation, masks, products.
+
+A tile is BLOCK rows by BLOCK_D channels; BLOCK_D is a power of two and at least 16 (what `tl.dot` takes), channels past
+HEAD_DIM are loaded as zeros and not stored. Base pointers are advanced in int64, offsets inside a tile are int32.
+Rows of the whole sequence count registers first: row i < R is register i, row R + t is token t; a row is a position.
+"""
+
+from fastblocks.kernels import runtime
+from fastblocks.kernels.runtime import tl, triton
+
+INTERPRETED = tl.constexpr(runtime.INTERPRETED)
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU has exp2 in hardware
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """a @ b in float32. The interpreter multiplies the bits of bfloat16 as integers, so there operands are widened."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """float32 to dtype, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
+    if x.dtype == dtype:
+        return x
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def load_rows(ptr, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `offs` of a (rows, HEAD_DIM) matrix, zeros outside 0 ≤ offs < end; EVEN: there is no outside."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
+    if EVEN and HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(ptrs, mask=((offs >= 0) & (offs < end))[:, None], other=0.0)
+    mask = ((offs >= 0) & (offs < end))[:, None] & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(ptrs, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of `load_rows`; x is rounded to the pointer's dtype."""
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = ((offs >= 0) & (offs < end))[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(ptr + offs[:, None] * stride + offs_d[None, :], narrow(x, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rotate(
+    x, rope_ptr, offs, end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, INVERSE: tl.constexpr
+):
+    """Rotate the channel pairs of x by the angles of positions `offs`, in float32; INVERSE: back."""
+    ROWS: tl.constexpr = x.shape[0]
+    table = load_rows(rope_ptr, offs, end, HEAD_DIM, HEAD_DIM, BLOCK_D, EVEN)
+    cos, sin = tl.split(tl.reshape(table, (ROWS, BLOCK_D // 2, 2)))  # [ROWS, BLOCK_D / 2]
+    even, odd = tl.split(tl.reshape(x.to(tl.float32), (ROWS, BLOCK_D // 2, 2)))
+    if INVERSE:
+        sin = -sin
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK_D))
+
+
+@triton.jit
+def load_rotated(
+    ptr, rope_ptr, offs, end, stride,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
+):  # fmt: skip
+    """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATE False: they are rotated in memory already."""
+    x = load_rows(ptr, offs, end, stride, HEAD_DIM, BLOCK_D, EVEN)
+    if ROTATE:
+        x = narrow(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN, False), x.dtype)
+    return x
+
+
+@triton.jit
+def load_sequence(
+    token_ptr, register_ptr, offs, n_registers, n_rows, stride_token, stride_register,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, HAS_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Rows of the whole sequence: registers from one tensor, tokens from the other."""
+    if HAS_REGISTERS:
+        registers = load_rows(register_ptr, offs, n_registers, stride_register, HEAD_DIM, BLOCK_D, False)
+        tokens = load_rows(token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D, False)
+        return tl.where((offs < n_registers)[:, None], registers, tokens)
+    return load_rows(token_ptr, offs, n_rows, stride_token, HEAD_DIM, BLOCK_D, EVEN)
+
+
+@triton.jit
+def visible(
+    offs_q, offs_k, n_registers, n_rows, reach,
+    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr,
+):  # fmt: skip
+    """Which rows of the whole sequence row offs_q sees: [queries, keys]."""
+    mask = (offs_k < n_rows)[None, :]
+    if HAS_WINDOW:
+        distance = offs_q[:, None] - offs_k[None, :]
+        near = (distance <= reach) & (distance >= -reach)
+        if HAS_REGISTERS:
+            near = near | (offs_k < n_registers)[None, :] | (offs_q < n_registers)[:, None]
+        mask = mask & near
+    return mask

@@ -1,0 +1,278 @@
+"""rope_attention by its kernels and by plain PyTorch, held against the dense float64 formula."""
+
+import pytest
+import torch
+
+from fastblocks import backend, functional
+from fastblocks.backend import use_backend
+from tests.compare import assert_as_exact, assert_close, relative_error
+from tests.reference import attention as reference
+
+pytest.importorskip("triton")
+
+from fastblocks.kernels import attention, attention_launchers, launch
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("out", "register_out", "grad_qkv", "grad_register_qkv")
+
+
+def make(device, batch, tokens, heads, dim, registers=0, shared=False, dtype=torch.float32):
+    width = 3 * heads * dim
+    qkv = torch.randn(batch, tokens, width, device=device, dtype=dtype)
+    register_qkv = None
+    if registers:
+        register_qkv = torch.randn(1 if shared else batch, registers, width, device=device, dtype=dtype)
+    return qkv, functional.rope_table(registers + tokens, dim).to(device), register_qkv
+
+
+def run(name, qkv, rope, heads, window, register_qkv, registers_out, upstream):
+    """out, the registers' output, and all gradients, by one backend."""
+    inputs = [x.detach().requires_grad_() if x is not None else None for x in (qkv, register_qkv)]
+    with use_backend(name):
+        with backend._watch() as decisions:
+            results = functional.rope_attention(
+                inputs[0], rope, heads, window=window, register_qkv=inputs[1], return_registers=registers_out
+            )
+        assert decisions[0].backend == name, decisions  # a kernel that steps aside has not been tested
+        results = list(results) if registers_out else [results]
+        wanted = [x for x in inputs if x is not None]
+        grads = torch.autograd.grad(results, wanted, upstream[: len(results)])
+    return [results[0].detach(), results[1].detach() if registers_out else None, *grads, *[None] * (2 - len(grads))]
+
+
+def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=False, registers_out=False,
+          dtype=torch.float32, layout=lambda x: x):  # fmt: skip
+    """All results of both backends. A token that sees only itself has P = 1, and dq = dk = 0: plain PyTorch happens to
+    be exact there, the kernels for long sequences round a difference of two sums of `dim` products."""
+    qkv, rope, register_qkv = make(device, batch, tokens, heads, dim, registers, shared, dtype)
+    qkv = layout(qkv)
+    register_qkv = None if register_qkv is None else layout(register_qkv)
+    upstream = [torch.randn(batch, n, heads * dim, device=device, dtype=dtype) for n in (tokens, registers)]
+    wide = [x.detach().double().requires_grad_() if x is not None else None for x in (qkv, register_qkv)]
+    exact = list(reference.rope_attention(wide[0], rope, heads, window, wide[1]))
+    count = 2 if registers_out else 1
+    grads = torch.autograd.grad(
+        exact[:count], [x for x in wide if x is not None], [g.double() for g in upstream[:count]]
+    )
+    exact = [exact[0], exact[1] if registers_out else None, *grads, None]
+    eager = run("eager", qkv, rope, heads, window, register_qkv, registers_out, upstream)
+    fused = run("triton", qkv, rope, heads, window, register_qkv, registers_out, upstream)
+    for what, a, b, c in zip(NAMES, fused, eager, exact, strict=False):
+        if c is not None:
+            assert relative_error(b, c) < 20 * torch.finfo(dtype).eps, f"{what}: plain PyTorch itself is wrong"
+            if registers == 0 and (window == 1 or tokens == 1):
+                assert_close(a, c, dim, what)
+            else:
+                assert_as_exact(a, b, c, what)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Short sequences through the kernels for long ones, with a pass that rotates and several chunks where they may."""
+    monkeypatch.setattr(launch, "attention_is_whole", lambda *_: False)
+    monkeypatch.setattr(attention_launchers, "CHUNK", 64)
+    monkeypatch.setattr(attention_launchers, "ROTATE_FROM", 128)
+    attention_launchers._plan.cache_clear()
+    yield
+    attention_launchers._plan.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 127, 129, 200])
+def test_lengths_around_block_edges(device, tokens):
+    check(device, 2 if GPU else 1, tokens, 1, 16, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 63, 65, 129])
+@pytest.mark.parametrize("window", [-1, 20])
+def test_lengths_around_block_edges_in_blocks(device, blocks, tokens, window):
+    check(device, 1, tokens, 1, 16, window=window)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 31, 64, 65, 130, 1000])
+def test_windows(device, blocks, window):
+    check(device, 1, 150, 1, 16, window=window)
+
+
+@pytest.mark.parametrize("window", [1, 2, 9, 40])
+def test_windows_of_short_sequences(device, window):
+    check(device, 1, 50, 2, 16, window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("registers_out", [False, True])
+@pytest.mark.parametrize("window", [-1, 12])
+def test_registers(device, dtype, shared, registers_out, window):
+    check(device, 2, 40, 1, 16, window, 3, shared, registers_out, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("registers_out", [False, True])
+def test_registers_in_blocks(device, blocks, dtype, shared, registers_out):
+    check(device, 2, 90, 1, 16, 40, 3, shared, registers_out, dtype)
+
+
+@pytest.mark.parametrize("registers", [1, 17, 64])
+def test_many_registers_in_blocks(device, blocks, registers):
+    check(device, 1, 140, 1, 16, 30, registers, True, True)
+
+
+def test_registers_without_a_window_in_blocks(device, blocks):
+    check(device, 1, 140, 2, 16, -1, 2, True, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dim", [8, 10, 24, 72, 104, 128, 256])
+def test_head_sizes(device, dim):
+    check(device, 1, 33, 2, dim, 20, 9, True, True)  # the error of two registers alone is a matter of luck
+
+
+@pytest.mark.parametrize("dim", [8, 24, 104, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_head_sizes_in_blocks(device, blocks, dim, dtype):
+    check(device, 1, 70, 1, dim, 20, 9, True, True, dtype)
+
+
+LAYOUTS = {
+    "offset": lambda x: torch.cat((x, x), 0)[x.shape[0] :],
+    "strided": lambda x: torch.stack((x, x), 2)[:, :, 1],
+    "batch second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "odd start": lambda x: torch.cat((x[..., :1], x), -1)[..., 1:],
+    "last not contiguous": lambda x: torch.stack((x, x), -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts(device, layout):
+    check(device, 2, 20, 2, 16, 6, 2, False, True, layout=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_layouts_in_blocks(device, blocks, layout):
+    check(device, 2, 40, 1, 16, 6, 2, False, True, layout=layout)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_gradients_that_are_expanded_or_missing(device, in_blocks, request):
+    if in_blocks:
+        request.getfixturevalue("blocks")
+    qkv, rope, register_qkv = make(device, 2, 30, 2, 16, 3)
+    qkv.requires_grad_()
+    for pick in (0, 1):
+        grads = []
+        for name in ("eager", "triton"):
+            with use_backend(name):
+                results = functional.rope_attention(
+                    qkv, rope, 2, window=8, register_qkv=register_qkv, return_registers=True
+                )
+            grads.append(torch.autograd.grad(results[pick].sum(), qkv)[0])
+        assert relative_error(grads[1], grads[0]) < 1e-5
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_two_runs_give_the_same_bits(device, in_blocks, request):
+    if in_blocks:
+        request.getfixturevalue("blocks")
+    qkv, rope, register_qkv = make(device, 3, 100, 2, 16, 3, True)
+    upstream = [torch.randn(3, n, 32, device=device) for n in (100, 3)]
+    first, second = (run("triton", qkv, rope, 2, 30, register_qkv, True, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_a_register_is_learned(device, name):
+    """The sum of the gradients over a shared register's copies is the gradient of the register."""
+    qkv, rope, register_qkv = make(device, 2, 30, 2, 8, 2, True)
+    copies = register_qkv.expand(2, -1, -1).contiguous()
+    upstream = [torch.randn(2, n, 16, device=device) for n in (30, 2)]
+    shared = run(name, qkv, rope, 2, 8, register_qkv, True, upstream)[3]
+    each = run(name, qkv, rope, 2, 8, copies, True, upstream)[3]
+    assert shared.abs().sum() > 0
+    assert relative_error(shared, each.sum(0, keepdim=True)) < 1e-5
+
+
+def test_second_derivatives(device):
+    """create_graph=True goes through the plain formula, and gives what plain PyTorch in float64 gives."""
+    qkv, rope, register_qkv = make(device, 1, 20, 2, 8, 2)
+    got, wanted = [], []
+    for name, dtype, results in (("triton", torch.float32, got), ("eager", torch.float64, wanted)):
+        x, r = (t.to(dtype).requires_grad_() for t in (qkv, register_qkv))
+        with use_backend(name), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            y, z = functional.rope_attention(x, rope, 2, window=6, register_qkv=r, return_registers=True)
+        first = torch.autograd.grad(y.square().sum() + z.square().sum(), (x, r), create_graph=True)
+        results += [*first, *torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, r))]
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("registers_out", [False, True])
+def test_opcheck(device, in_blocks, registers_out, request):
+    if in_blocks:
+        request.getfixturevalue("blocks")
+    qkv, rope, register_qkv = make(device, 2, 18, 2, 8, 2, True)
+    qkv.requires_grad_(), register_qkv.requires_grad_()
+    operator = torch.ops.fastblocks.rope_attention.default
+    torch.library.opcheck(operator, (qkv, rope, register_qkv, 2, 8, registers_out, False))
+    torch.library.opcheck(operator, (qkv, rope, None, 2, -1, False, False))
+
+
+def test_compile_without_a_graph_break(device):
+    qkv, rope, register_qkv = make(device, 1, 18, 2, 8, 2, True)
+    qkv.requires_grad_()
+
+    def f(x):
+        return functional.rope_attention(x, rope, 2, window=8, register_qkv=register_qkv)
+
+    with use_backend("triton"):
+        want = torch.autograd.grad(f(qkv).square().sum(), qkv)[0]
+        got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(qkv).square().sum(), qkv)[0]
+    assert torch.equal(got, want)
+
+
+def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
+    cases = {
+        "head size is 258": make(device, 1, 4, 1, 258),
+        "head size is 6": make(device, 1, 4, 1, 6),
+        "65 registers": make(device, 1, 4, 1, 8, 65),
+    }
+    qkv, rope, register_qkv = make(device, 1, 4, 1, 8, 2)
+    cases["registers are torch.bfloat16"] = (qkv, rope, register_qkv.bfloat16())
+    cases["rope table is torch.float64"] = (qkv, rope.double(), register_qkv)
+    for reason, (x, table, registers) in cases.items():
+        with use_backend("triton"), backend._watch() as decisions:
+            if "bfloat16" not in reason:
+                functional.rope_attention(x, table, 1, register_qkv=registers)
+            else:
+                assert reason in attention.obstacle(x, table, 1, registers)
+                continue
+        assert decisions[0].backend == "eager" and reason in decisions[0].reason, decisions
+
+
+def test_two_tiles_hold_the_keys():
+    for rows in range(1, 400):
+        a, b = attention_launchers.whole_tiles(rows)
+        assert a + b >= rows and a <= attention_launchers._tile(rows) and a + b <= attention_launchers._tile(rows)
+    assert attention_launchers.whole_tiles(282) == (256, 32) and attention_launchers.whole_tiles(64) == (64, 0)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: larger than the interpreter can walk")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape",
+    [(64, 64, 4, 32, -1, 0), (16, 282, 4, 32, -1, 0), (2, 700, 4, 64, 128, 4), (1, 1500, 2, 32, 256, 8),
+     (1, 1300, 2, 128, -1, 16), (20000, 5, 4, 16, -1, 0)],
+)  # fmt: skip
+def test_large(device, dtype, shape):
+    batch, tokens, heads, dim, window, registers = shape
+    if batch < 1000:
+        check(device, batch, tokens, heads, dim, window, registers, True, registers > 0, dtype)
+        return
+    qkv, rope, _ = make(device, batch, tokens, heads, dim, dtype=dtype)  # B·H past 65535
+    with use_backend("eager"):
+        want = functional.rope_attention(qkv, rope, heads)
+    with use_backend("triton"):
+        got = functional.rope_attention(qkv, rope, heads)
+    assert relative_error(got, want) < 4 * torch.finfo(dtype).eps
