@@ -5,6 +5,8 @@ H heads or hidden units, D = C / H, R registers, G groups. Floating-point inputs
 float64; the statistics of norms, softmax and recurrent states are kept in float32 (float64 for float64).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,10 @@ __all__ = [
 ]
 
 
-def _require(condition: bool, message: str) -> None:
+def _require(condition: bool, message: Callable[[], str]) -> None:
+    """The message is a function because putting one together takes longer than all of the checks."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -55,7 +58,9 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """
     _require(
         x.dim() > 0 and _shape(scale) == _shape(x)[-1:],
-        f"rms_norm: scale must have the shape of x's last dimension, got x {_shape(x)} and scale {_shape(scale)}",
+        lambda: (
+            f"rms_norm: scale must have the shape of x's last dimension, got x {_shape(x)} and scale {_shape(scale)}"
+        ),
     )
     backend.decide("rms_norm", x)
     return eager_norm.rms_norm(x, scale, eps)
@@ -75,7 +80,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes differ.
     """
-    _require(gate.shape == up.shape, f"swiglu: gate {_shape(gate)} and up {_shape(up)} must have one shape")
+    _require(gate.shape == up.shape, lambda: f"swiglu: gate {_shape(gate)} and up {_shape(up)} must have one shape")
     backend.decide("swiglu", gate)
     return eager_mlp.swiglu(gate, up)
 
@@ -102,8 +107,10 @@ def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: T
         and weight_gate.shape[1] == x.shape[-1]
         and weight_down.dim() == 2
         and weight_down.shape[1] == weight_gate.shape[0],
-        f"swiglu_mlp: x {_shape(x)} needs weight_gate and weight_up (F, {x.shape[-1]}) and weight_down (C_out, F), "
-        f"got {_shape(weight_gate)}, {_shape(weight_up)} and {_shape(weight_down)}",
+        lambda: (
+            f"swiglu_mlp: x {_shape(x)} needs weight_gate and weight_up (F, {x.shape[-1]}) and weight_down (C_out, F), "
+            f"got {_shape(weight_gate)}, {_shape(weight_up)} and {_shape(weight_down)}"
+        ),
     )
     backend.decide("swiglu_mlp", x)
     return eager_mlp.swiglu_mlp(x, weight_gate, weight_up, weight_down)
@@ -127,9 +134,9 @@ def rope_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
     """
     _require(
         head_dim > 0 and head_dim % 2 == 0,
-        f"rope_table: rotation works on pairs of channels, so the head size must be even, got {head_dim}",
+        lambda: f"rope_table: rotation works on pairs of channels, so the head size must be even, got {head_dim}",
     )
-    _require(length >= 0, f"rope_table: length must not be negative, got {length}")
+    _require(length >= 0, lambda: f"rope_table: length must not be negative, got {length}")
     frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequency)
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -170,23 +177,30 @@ def rope_attention(
     """
     _require(
         qkv.dim() == 3 and n_head > 0 and qkv.shape[-1] % (6 * n_head) == 0,
-        f"rope_attention: qkv must be (B, T, 3·H·D) with an even D, got {_shape(qkv)} for {n_head} heads",
+        lambda: f"rope_attention: qkv must be (B, T, 3·H·D) with an even D, got {_shape(qkv)} for {n_head} heads",
     )
     batch, length, width = qkv.shape
     registers = 0
     if register_qkv is not None:
         _require(
             register_qkv.dim() == 3 and register_qkv.shape[0] in (1, batch) and register_qkv.shape[2] == width,
-            f"rope_attention: register_qkv must be ({batch} or 1, R, {width}), got {_shape(register_qkv)}",
+            lambda: f"rope_attention: register_qkv must be ({batch} or 1, R, {width}), got {_shape(register_qkv)}",
         )
         registers = register_qkv.shape[1]
-    _require(window == -1 or window > 0, f"rope_attention: window must be positive, or -1 for all, got {window}")
-    _require(not return_registers or registers > 0, "rope_attention: return_registers=True, but there are no registers")
+    _require(
+        window == -1 or window > 0, lambda: f"rope_attention: window must be positive, or -1 for all, got {window}"
+    )
+    _require(
+        not return_registers or registers > 0,
+        lambda: "rope_attention: return_registers=True, but there are no registers",
+    )
     half = width // (6 * n_head)
     _require(
         rope.dim() == 3 and _shape(rope)[1:] == (half, 2) and rope.shape[0] >= registers + length,
-        f"rope_attention: {registers} registers and {length} tokens need a rope table of at least "
-        f"({registers + length}, {half}, 2), got {_shape(rope)}",
+        lambda: (
+            f"rope_attention: {registers} registers and {length} tokens need a rope table of at least "
+            f"({registers + length}, {half}, 2), got {_shape(rope)}"
+        ),
     )
     if registers == 0:
         register_qkv = None
@@ -281,7 +295,7 @@ def grouped_lstm(
     """
     _require(
         state is None or (isinstance(state, tuple | list) and len(state) == 2),
-        f"grouped_lstm: state must be a pair (h, c), got {type(state).__name__}",
+        lambda: f"grouped_lstm: state must be a pair (h, c), got {type(state).__name__}",
     )
     for part in state or (None,):
         _check_recurrent("grouped_lstm", 4, x, weight_ih, weight_hh, bias_ih, bias_hh, part)
@@ -304,8 +318,10 @@ def _recurrent_obstacle(*tensors: Tensor | None) -> str:
 def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, state) -> None:
     _require(
         x.dim() == 3 and weight_ih.dim() == 4 and weight_hh.dim() == 4,
-        f"{name}: x must be (B, T, G·I), weight_ih (N, G, {gates}H, I), weight_hh (N, G, {gates}H, H), "
-        f"got {_shape(x)}, {_shape(weight_ih)}, {_shape(weight_hh)}",
+        lambda: (
+            f"{name}: x must be (B, T, G·I), weight_ih (N, G, {gates}H, I), weight_hh (N, G, {gates}H, H), "
+            f"got {_shape(x)}, {_shape(weight_ih)}, {_shape(weight_hh)}"
+        ),
     )
     directions, groups, rows, hidden = weight_hh.shape
     _require(
@@ -313,19 +329,20 @@ def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, sta
         and rows == gates * hidden
         and _shape(weight_ih)[:3] == (directions, groups, rows)
         and groups * weight_ih.shape[3] == x.shape[2],
-        f"{name}: weights do not fit x {_shape(x)} or each other: weight_ih {_shape(weight_ih)}, "
-        f"weight_hh {_shape(weight_hh)}",
+        lambda: (
+            f"{name}: weights do not fit x {_shape(x)} or each other: weight_ih {_shape(weight_ih)}, "
+            f"weight_hh {_shape(weight_hh)}"
+        ),
     )
-    _require((bias_ih is None) == (bias_hh is None), f"{name}: give both biases or none")
-    for bias in (bias_ih, bias_hh):
-        _require(
-            bias is None or _shape(bias) == (directions, groups, rows),
-            f"{name}: biases must be {(directions, groups, rows)}, got {bias is not None and _shape(bias)}",
-        )
+    _require((bias_ih is None) == (bias_hh is None), lambda: f"{name}: give both biases or none")
+    _require(
+        all(bias is None or _shape(bias) == (directions, groups, rows) for bias in (bias_ih, bias_hh)),
+        lambda: f"{name}: biases must be {(directions, groups, rows)}, got {_shape(bias_ih)} and {_shape(bias_hh)}",
+    )
     wanted = (directions, x.shape[0], groups * hidden)
     _require(
         state is None or _shape(state) == wanted,
-        f"{name}: state must be {wanted}, got {state is not None and _shape(state)}",
+        lambda: f"{name}: state must be {wanted}, got {state is not None and _shape(state)}",
     )
 
 
@@ -366,21 +383,24 @@ def depthwise_conv_layer_norm(
         ValueError: if shapes do not fit, a kernel size is even, or no such convolution gives output_size.
     """
     name, spatial = "depthwise_conv_layer_norm", x.dim() - 2
-    _require(spatial in (1, 2), f"{name}: x must be (B, C, L) or (B, C, H, W), got {_shape(x)}")
+    _require(spatial in (1, 2), lambda: f"{name}: x must be (B, C, L) or (B, C, H, W), got {_shape(x)}")
     channels = x.shape[1]
     kernel = _shape(weight)[2:]
     _require(
         len(kernel) == spatial and _shape(weight)[:2] == (channels, 1) and all(k % 2 == 1 for k in kernel),
-        f"{name}: x {_shape(x)} needs a weight ({channels}, 1, *kernel) with {spatial} odd sizes, got {_shape(weight)}",
+        lambda: (
+            f"{name}: x {_shape(x)} needs a weight ({channels}, 1, *kernel) with {spatial} odd sizes, "
+            f"got {_shape(weight)}"
+        ),
     )
-    for vector in (bias, norm_weight, norm_bias):
-        _require(
-            vector is None or _shape(vector) == (channels,),
-            f"{name}: biases and norm_weight must be ({channels},), got {vector is not None and _shape(vector)}",
-        )
+    vectors = [vector for vector in (bias, norm_weight, norm_bias) if vector is not None]
+    _require(
+        all(_shape(vector) == (channels,) for vector in vectors),
+        lambda: f"{name}: biases and norm_weight must be ({channels},), got {[_shape(vector) for vector in vectors]}",
+    )
     _require(
         len(stride) == spatial and all(s > 0 for s in stride),
-        f"{name}: stride must be {spatial} positive numbers, got {stride}",
+        lambda: f"{name}: stride must be {spatial} positive numbers, got {stride}",
     )
     sizes = conv_output_size(_shape(x)[2:], stride, transposed, output_size)
     backend.decide(name, x)
@@ -403,11 +423,12 @@ def conv_output_size(
     Raises:
         ValueError: if a size is not positive, or no such convolution gives the wanted sizes.
     """
-    _require(all(size > 0 for size in sizes), f"spatial sizes must be positive, got {sizes}")
+    _require(all(size > 0 for size in sizes), lambda: f"spatial sizes must be positive, got {sizes}")
     if not transposed:
         result = tuple(-(-size // s) for size, s in zip(sizes, stride, strict=True))
         _require(
-            wanted in (None, result), f"a convolution of stride {stride} turns {sizes} into {result}, not {wanted}"
+            wanted in (None, result),
+            lambda: f"a convolution of stride {stride} turns {sizes} into {result}, not {wanted}",
         )
         return result
     smallest = tuple((size - 1) * s + 1 for size, s in zip(sizes, stride, strict=True))
@@ -416,8 +437,10 @@ def conv_output_size(
         return smallest
     _require(
         len(wanted) == len(sizes) and all(a <= w <= b for a, w, b in zip(smallest, wanted, largest, strict=True)),
-        f"a transposed convolution of stride {stride} turns {sizes} into sizes from {smallest} to {largest}, "
-        f"not {wanted}",
+        lambda: (
+            f"a transposed convolution of stride {stride} turns {sizes} into sizes from {smallest} to {largest}, "
+            f"not {wanted}"
+        ),
     )
     return tuple(wanted)
 
@@ -448,13 +471,15 @@ def convnext_mlp(
         and _shape(bias1) == (hidden,)
         and _shape(weight2) == (out, hidden)
         and _shape(bias2) == (out,),
-        f"convnext_mlp: x {_shape(x)} needs weights (F, {x.shape[-1]}) and (C_out, F) with biases (F,) and (C_out,), "
-        f"got {_shape(weight1)}, {_shape(weight2)}, {_shape(bias1)} and {_shape(bias2)}",
+        lambda: (
+            f"convnext_mlp: x {_shape(x)} needs weights (F, {x.shape[-1]}) and (C_out, F) with biases (F,) and "
+            f"(C_out,), got {_shape(weight1)}, {_shape(weight2)}, {_shape(bias1)} and {_shape(bias2)}"
+        ),
     )
     wanted = (x.shape[0], out, *x.shape[1:-1])
     _require(
         residual is None or _shape(residual) == wanted,
-        f"convnext_mlp: residual must be {wanted}, got {residual is not None and _shape(residual)}",
+        lambda: f"convnext_mlp: residual must be {wanted}, got {residual is not None and _shape(residual)}",
     )
     backend.decide("convnext_mlp", x)
     return eager_mlp.convnext_mlp(x, weight1, bias1, weight2, bias2, residual)
