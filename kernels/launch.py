@@ -26,3 +26,52 @@ class LaunchConfig:
 def config(num_warps: int, num_stages: int = 1, **blocks: int) -> LaunchConfig:
     """`config(4, 2, BLOCK_M=64)` reads better than the dataclass."""
     return LaunchConfig(num_warps, num_stages, tuple(sorted(blocks.items())))
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A kernel as a standard workload compiles it, for `python -m benchmarks compile`."""
+
+    label: str
+    kernel: object
+    signature: dict[str, str]
+    constants: dict[str, object]
+    config: LaunchConfig
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def depthwise_conv(
+    architecture: str,
+    multiprocessors: int,
+    *,
+    batch: int,
+    channels: int,
+    sizes: tuple[int, int],
+    itemsize: int,
+    vector: int,
+    all_channels: bool,
+) -> LaunchConfig:
+    """Depthwise convolution, forward and gradient of x.
+
+    RUN: the outputs of a thread that share their inputs in registers; one vector load's worth, or 4.
+    Registers bound the tile: 32 float32 accumulators a thread compile to 64-128 registers. 16 warps with 4-byte inputs
+    take 16: 32 spilled 8 bytes on sm_90. Nothing here is timed; that smaller tiles pay where the grid would not fill
+    the device is a prediction.
+    """
+    run = max(vector, 4)
+    block_c = _power_of_two(channels) if all_channels else min(64, _power_of_two(channels))
+    block_c = max(16, block_c)
+    warps = 16 if block_c >= 512 else 8 if block_c >= 64 and all_channels else 4
+    accumulators = 16 if warps == 16 and itemsize == 4 else 32
+    runs = max(1, warps * 32 * accumulators // (block_c * run))
+    block_w = min(runs, _power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
+    block_h = min(runs // block_w, _power_of_two(sizes[0]))
+    slices = batch * -(-channels // block_c)
+    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+        block_h //= 2
+    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+        block_w //= 2
+    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
