@@ -293,7 +293,10 @@ def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, sta
             f"{name}: biases must be {(directions, groups, rows)}, got {bias is not None and _shape(bias)}",
         )
     wanted = (directions, x.shape[0], groups * hidden)
-    _require(state is None or _shape(state) == wanted, f"{name}: state must be {wanted}, got {state is not None and _shape(state)}")
+    _require(
+        state is None or _shape(state) == wanted,
+        f"{name}: state must be {wanted}, got {state is not None and _shape(state)}",
+    )
 
 
 def depthwise_conv_layer_norm(
@@ -373,7 +376,9 @@ def conv_output_size(
     _require(all(size > 0 for size in sizes), f"spatial sizes must be positive, got {sizes}")
     if not transposed:
         result = tuple(-(-size // s) for size, s in zip(sizes, stride, strict=True))
-        _require(wanted in (None, result), f"a convolution of stride {stride} turns {sizes} into {result}, not {wanted}")
+        _require(
+            wanted in (None, result), f"a convolution of stride {stride} turns {sizes} into {result}, not {wanted}"
+        )
         return result
     smallest = tuple((size - 1) * s + 1 for size, s in zip(sizes, stride, strict=True))
     largest = tuple(size * s for size, s in zip(sizes, stride, strict=True))

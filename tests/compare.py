@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 # A result that is stored in a dtype is rounded once whatever computed it: half a unit in the last place.
-ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+ROUNDING = {
+    dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 FACTOR = 1.5  # a kernel may be this much worse than eager PyTorch in the same dtype
 
 

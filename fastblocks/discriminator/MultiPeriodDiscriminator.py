@@ -1,0 +1,65 @@
+"""Judges audio folded into rows of a period, after HiFi-GAN."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastblocks.discriminator._layers import Conv2d, ConvLayer, Discriminators, run_layers
+
+
+class PeriodDiscriminator(nn.Module):
+    """Folds a clip (B, nch, T) to (B, nch, T / period, period) and convolves along time.
+
+    Args:
+        period: samples of a row.
+        nch: channels of the audio.
+        norm: spectral norm on every convolution.
+    """
+
+    def __init__(self, period: int, nch: int, norm: bool):
+        super().__init__()
+        if period < 1:
+            raise ValueError(f"periods must be positive, got {period}")
+        self.period = period
+        widths = (nch, 32, 128, 512, 1024, 1024)
+        self.layers = nn.ModuleList(
+            ConvLayer(Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0)), norm) for a, b in pairwise(widths)
+        )
+        self.output_conv = ConvLayer(Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)), norm, activate=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        length, missing = x.shape[-1], -x.shape[-1] % self.period
+        if missing >= length:
+            shortest = next(n for n in range(length + 1, length + self.period + 1) if -n % self.period < n)
+            raise ValueError(
+                f"{length} samples are too short to be padded to a multiple of the period {self.period}: "
+                f"the shortest clip that works has {shortest}"
+            )
+        if missing:
+            x = F.pad(x, (0, missing), "reflect")
+        fmap: list[Tensor] = []
+        x = run_layers(self.layers, x.unflatten(-1, (-1, self.period)), fmap)
+        return self.output_conv(x), fmap
+
+
+class MultiPeriodDiscriminator(Discriminators):
+    """One PeriodDiscriminator a period: audio (B, nch, T) -> (scores, fmaps).
+
+    Source: Kong et al., "HiFi-GAN", 2020.
+
+    Args:
+        nch: channels of the audio.
+        sample_rate: in Hz; of no effect, kept for the signature.
+        periods: samples of a row, one for each sub-discriminator.
+        norm: spectral norm on every convolution.
+
+    Raises:
+        ValueError: in forward, if a clip is too short to be padded to a multiple of a period.
+    """
+
+    def __init__(
+        self, nch: int = 1, sample_rate: int = 48000, periods: Sequence[int] = (2, 3, 5, 7, 11), norm: bool = True
+    ):
+        super().__init__(nch, [PeriodDiscriminator(period, nch, norm) for period in periods])

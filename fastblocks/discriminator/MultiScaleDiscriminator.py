@@ -1,0 +1,66 @@
+"""Judges waveforms at several sample rates, after MelGAN."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastblocks.discriminator._layers import Conv1d, ConvLayer, Discriminators, run_layers
+
+# out channels, kernel, stride, groups; padding keeps the size at stride 1
+_LAYERS = ((16, 15, 1, 1), (64, 41, 4, 4), (256, 41, 4, 16), (1024, 41, 4, 64), (1024, 41, 4, 256), (1024, 5, 1, 1))
+
+
+class ScaleDiscriminator(nn.Module):
+    """Convolves a waveform (B, nch, T), first resampled by 1 / downsample_rate.
+
+    Args:
+        downsample_rate: by how much, 1 for not at all.
+        nch: channels of the audio.
+        norm: spectral norm on every convolution.
+    """
+
+    def __init__(self, downsample_rate: float, nch: int, norm: bool):
+        super().__init__()
+        if downsample_rate < 1:
+            raise ValueError(f"downsample_rates must be at least 1, got {downsample_rate}")
+        self.downsample_rate = downsample_rate
+        self.layers = nn.ModuleList()
+        for width, kernel, stride, groups in _LAYERS:
+            conv = Conv1d(nch, width, kernel, stride=stride, padding=kernel // 2, groups=groups)
+            self.layers.append(ConvLayer(conv, norm))
+            nch = width
+        self.output_conv = ConvLayer(Conv1d(nch, 1, 3, padding=1), norm, activate=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if self.downsample_rate > 1:
+            shortest = next(n for n in range(1, int(self.downsample_rate) + 2) if int(n / self.downsample_rate) >= 1)
+            if x.shape[-1] < shortest:
+                raise ValueError(
+                    f"{x.shape[-1]} samples are too short to be resampled by 1/{self.downsample_rate}: "
+                    f"the shortest clip that works has {shortest}"
+                )
+            x = F.interpolate(x, scale_factor=1 / self.downsample_rate, mode="linear", align_corners=False)
+        elif x.shape[-1] < 1:
+            raise ValueError(f"{x.shape[-1]} samples are too short: the shortest clip that works has 1")
+        fmap: list[Tensor] = []
+        return self.output_conv(run_layers(self.layers, x, fmap)), fmap
+
+
+class MultiScaleDiscriminator(Discriminators):
+    """One ScaleDiscriminator a rate: audio (B, nch, T) -> (scores, fmaps).
+
+    Source: Kumar et al., "MelGAN", 2019.
+
+    Args:
+        sample_rate: in Hz; of no effect, kept for the signature.
+        downsample_rates: one for each sub-discriminator; 1 is the clip itself.
+        nch: channels of the audio.
+        norm: spectral norm on every convolution.
+
+    Raises:
+        ValueError: in forward, if nothing is left of a clip.
+    """
+
+    def __init__(self, sample_rate: int, downsample_rates: Sequence[float] = (2, 4), nch: int = 1, norm: bool = True):
+        super().__init__(nch, [ScaleDiscriminator(rate, nch, norm) for rate in downsample_rates])

@@ -1,0 +1,127 @@
+"""What the discriminators share: a convolution with spectral norm, and spectra as channels."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
+
+from fastblocks.spectral_ops import short_time_spectrum
+
+Scores = list[Tensor]
+FeatureMaps = list[list[Tensor]]
+
+
+class _WithoutDerivedWeight:
+    """Spectral norm leaves the weight of the last forward on the module; copies and pickles do without it."""
+
+    def __getstate__(self) -> dict:
+        state = dict(self.__dict__)
+        if "weight" not in self._parameters:
+            derived = state.get("weight")
+            if isinstance(derived, Tensor):
+                state["weight"] = derived.detach()
+        return state
+
+
+class Conv1d(_WithoutDerivedWeight, nn.Conv1d):
+    pass
+
+
+class Conv2d(_WithoutDerivedWeight, nn.Conv2d):
+    pass
+
+
+class ConvLayer(nn.Module):
+    """A convolution, normed if asked for, and LeakyReLU 0.2 if asked for.
+
+    Args:
+        conv: the convolution.
+        norm: divide its weight by its largest singular value (torch.nn.utils.spectral_norm).
+        activate: apply the LeakyReLU.
+    """
+
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, norm: bool, activate: bool = True):
+        super().__init__()
+        self.conv = spectral_norm(conv) if norm else conv
+        self.activate = activate
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return F.leaky_relu(x, 0.2) if self.activate else x
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, fmap: list[Tensor]) -> Tensor:
+    """Run layers in order and append every activation to fmap."""
+    for layer in layers:
+        x = layer(x)
+        fmap.append(x)
+    return x
+
+
+class Discriminators(nn.Module):
+    """Several sub-discriminators on one clip: audio (B, nch, T) -> (scores, fmaps), an entry each.
+
+    Args:
+        nch: channels of the audio.
+        discriminators: modules that turn (B, nch, T) into (score, fmap).
+    """
+
+    def __init__(self, nch: int, discriminators: list[nn.Module]):
+        super().__init__()
+        if not discriminators:
+            raise ValueError(f"{type(self).__name__} needs at least one sub-discriminator, got none")
+        self.nch = nch
+        self.discriminators = nn.ModuleList(discriminators)
+
+    def forward(self, x: Tensor) -> tuple[Scores, FeatureMaps]:
+        """Judge audio x (B, nch, T).
+
+        Raises:
+            ValueError: if x has another shape, or is too short.
+        """
+        if x.dim() != 3 or x.shape[1] != self.nch:
+            raise ValueError(f"{type(self).__name__} needs audio of shape (B, {self.nch}, T), got {tuple(x.shape)}")
+        scores, fmaps = [], []
+        for discriminator in self.discriminators:
+            score, fmap = discriminator(x)
+            scores.append(score)
+            fmaps.append(fmap)
+        return scores, fmaps
+
+
+class SpectrumDiscriminator(nn.Module):
+    """A discriminator that looks at a spectrum; keeps its Hann window in float32 outside of the state_dict.
+
+    Args:
+        window_length: samples of a window.
+        hop_length: samples from one frame to the next.
+    """
+
+    def __init__(self, window_length: int, hop_length: int):
+        super().__init__()
+        if window_length < 2 or hop_length < 1:
+            raise ValueError(f"a window of {window_length} samples with a hop of {hop_length} is not possible")
+        self.window_length, self.hop_length = window_length, hop_length
+
+    def spectrum(self, x: Tensor) -> Tensor:
+        """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in the weights' dtype."""
+        window = torch.hann_window(
+            self.window_length, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+        )
+        spectrum = short_time_spectrum(x.flatten(0, 1), window, self.hop_length)
+        parts = torch.view_as_real(spectrum).unflatten(0, x.shape[:2])  # (B, nch, bins, frames, 2)
+        return parts.permute(0, 1, 4, 3, 2).flatten(1, 2).to(x.dtype)
+
+
+def same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...] = (1, 1)) -> tuple[int, ...]:
+    """Padding that keeps sizes at stride 1, for odd kernels."""
+    return tuple((k - 1) * d // 2 for k, d in zip(kernel, dilation, strict=True))
+
+
+def band_edges(fractions: list[tuple[float, float]], bins: int) -> list[tuple[int, int]]:
+    """Bands as bins [start, end); raises a ValueError for one that has none."""
+    edges = [(int(low * bins), int(high * bins)) for low, high in fractions]
+    for fraction, (start, end) in zip(fractions, edges, strict=True):
+        if not 0 <= start < end <= bins:
+            raise ValueError(f"band {tuple(fraction)} of {bins} bins covers no bin")
+    return edges

@@ -1,0 +1,125 @@
+"""A block of grouped recurrent networks and SwiGLU, each behind an RMSNorm."""
+
+import torch
+from torch import Tensor, nn
+
+from fastblocks import functional
+from fastblocks.generator._layers import RMSNorm, SwiGLU, require_channels_last_dim
+
+State = Tensor | tuple[Tensor, Tensor]
+
+
+class GroupedRNN(nn.Module):
+    """G independent GRUs or LSTMs, each on its C / G consecutive channels: (B, T, C) -> (B, T, C), no biases.
+
+    The parameters are those of G modules torch.nn.GRU or torch.nn.LSTM (`rnns.{g}.weight_ih_l{k}`, …), each with a
+    hidden size of C / G, or C / G / 2 per direction. Layers never mix groups.
+
+    Args:
+        n_embd: C, the channels.
+        n_layer: how many layers deep.
+        n_groups: G.
+        rnn_type: 'gru' or 'lstm', in any case.
+        bidirectional: run each layer in both directions.
+
+    Raises:
+        ValueError: if C is not divisible by G, C / G is odd and bidirectional, n_layer < 1, or rnn_type is unknown.
+    """
+
+    def __init__(self, n_embd: int, n_layer: int, n_groups: int, rnn_type: str = "gru", bidirectional: bool = False):
+        super().__init__()
+        kinds = {"gru": nn.GRU, "lstm": nn.LSTM}
+        self.rnn_type = str(rnn_type).lower()
+        if self.rnn_type not in kinds:
+            raise ValueError(f"rnn_type must be 'gru' or 'lstm', got {rnn_type!r}")
+        if n_groups < 1 or n_embd % n_groups:
+            raise ValueError(f"n_embd must be divisible by n_groups, got n_embd={n_embd} and n_groups={n_groups}")
+        width = n_embd // n_groups
+        if bidirectional and width % 2:
+            raise ValueError(
+                f"a bidirectional group needs an even number of channels, got n_embd / n_groups = {width} "
+                f"(n_embd={n_embd}, n_groups={n_groups})"
+            )
+        if n_layer < 1:
+            raise ValueError(f"n_layer must be positive, got {n_layer}")
+        self.n_embd, self.n_layer, self.bidirectional = n_embd, n_layer, bidirectional
+        hidden = width // 2 if bidirectional else width
+        self.rnns = nn.ModuleList(
+            kinds[self.rnn_type](width, hidden, n_layer, bias=False, batch_first=True, bidirectional=bidirectional)
+            for _ in range(n_groups)
+        )
+
+    def forward(self, x: Tensor, state: State | None = None, return_state: bool = False) -> Tensor | tuple:
+        """Run all layers.
+
+        Args:
+            x: (B, T, C).
+            state: what an earlier call returned, to go on from there (of use in one direction only); None: zeros.
+                A GRU's is h (n_layer · N, B, C / N) with N directions, in torch.nn.GRU's order of layers; an LSTM's is
+                the pair (h, c) of such tensors.
+            return_state: also return the state after the last step.
+
+        Returns:
+            (B, T, C), or with return_state a pair of it and the state.
+        """
+        require_channels_last_dim(x, self.n_embd, "GroupedRNN")
+        lstm = self.rnn_type == "lstm"
+        recurrence = functional.grouped_lstm if lstm else functional.grouped_gru
+        given = self._layers_of(x, state)
+        final = []
+        for layer in range(self.n_layer):
+            weight_ih, weight_hh = self._stacked("weight_ih", layer), self._stacked("weight_hh", layer)
+            x, last = recurrence(x, weight_ih, weight_hh, state=given[layer])
+            final.append(last)
+        if not return_state:
+            return x
+        return x, (tuple(torch.cat(part) for part in zip(*final, strict=True)) if lstm else torch.cat(final))
+
+    def _stacked(self, name: str, layer: int) -> Tensor:
+        """One layer's weights of all directions and groups: (N, G, rows, columns)."""
+        suffixes = ("", "_reverse") if self.bidirectional else ("",)
+        weights = [getattr(rnn, f"{name}_l{layer}{suffix}") for suffix in suffixes for rnn in self.rnns]
+        return torch.stack(weights).unflatten(0, (len(suffixes), -1))
+
+    def _layers_of(self, x: Tensor, state: State | None) -> list:
+        """The state of each layer, or None for each."""
+        if state is None:
+            return [None] * self.n_layer
+        directions = 2 if self.bidirectional else 1
+        wanted = (self.n_layer * directions, x.shape[0], self.n_embd // directions)
+        parts = state if self.rnn_type == "lstm" else (state,)
+        if not isinstance(parts, tuple | list) or any(tuple(part.shape) != wanted for part in parts):
+            raise ValueError(
+                f"the state of this {self.rnn_type.upper()} must be "
+                + (f"a pair of tensors {wanted}" if self.rnn_type == "lstm" else f"a tensor {wanted}")
+                + f", got {[tuple(part.shape) for part in parts]}"
+            )
+        by_layer = list(zip(*(part.split(directions) for part in parts), strict=True))
+        return by_layer if self.rnn_type == "lstm" else [h for (h,) in by_layer]
+
+
+class RNNBlock(nn.Module):
+    """`x = x + rnn(rnn_norm(x))`, then `x = x + mlp(ffn_norm(x))`: (B, T, C) -> (B, T, C).
+
+    Args:
+        n_embd: C, the channels.
+        n_layer: how many recurrent layers deep.
+        n_groups: G, independent recurrences of C / G channels each.
+        rnn_type: 'gru' or 'lstm', in any case.
+        bidirectional: run each layer in both directions.
+
+    Raises:
+        ValueError: as GroupedRNN.
+    """
+
+    def __init__(self, n_embd: int, n_layer: int, n_groups: int, rnn_type: str = "gru", bidirectional: bool = False):
+        super().__init__()
+        self.rnn_norm = RMSNorm(n_embd)
+        self.rnn = GroupedRNN(n_embd, n_layer, n_groups, rnn_type, bidirectional)
+        self.ffn_norm = RMSNorm(n_embd)
+        self.mlp = SwiGLU(n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        require_channels_last_dim(x, self.rnn.n_embd, "RNNBlock")
+        x = x + self.rnn(self.rnn_norm(x))
+        return x + self.mlp(self.ffn_norm(x))

@@ -1,0 +1,91 @@
+"""A transformer block with rotary positions: attention and SwiGLU, each behind an RMSNorm."""
+
+import torch
+from torch import Tensor, nn
+
+from fastblocks import functional
+from fastblocks.generator._layers import RMSNorm, SwiGLU, require_channels_last_dim
+
+
+class RoFormerAttention(nn.Module):
+    """Multi-head self-attention with rotary positions, not causal: (B, T, C) -> (B, T, C), no biases.
+
+    Args:
+        n_embd: C, the channels.
+        n_head: H, the heads, of C / H consecutive channels each.
+        positions: how many positions the rotary table covers.
+        rope_base: base of the rotary frequencies.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, positions: int, rope_base: float):
+        super().__init__()
+        if n_head < 1 or n_embd % n_head:
+            raise ValueError(f"n_embd must be divisible by n_head, got n_embd={n_embd} and n_head={n_head}")
+        self.n_head = n_head
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)
+        self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
+        self._table = (positions, n_embd // n_head, rope_base)
+        self.register_buffer("rope", functional.rope_table(*self._table), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        """Move like any module, but keep the angles in float32: bfloat16 cannot tell position 300 from 301."""
+        rope = self.rope
+        super()._apply(fn, recurse)
+        if self.rope.dtype != torch.float32 or rope.is_meta:
+            device = self.rope.device
+            self.rope = (functional.rope_table(*self._table) if rope.is_meta else rope).to(device)
+        return self
+
+    def forward(
+        self, x: Tensor, registers: Tensor | None = None, window: int = -1, return_registers: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attend among the tokens x (B, T, C) and the registers (1 or B, R, C) before them."""
+        register_qkv = None if registers is None else self.c_attn(registers)
+        y = functional.rope_attention(
+            self.c_attn(x),
+            self.rope,
+            self.n_head,
+            window=window,
+            register_qkv=register_qkv,
+            return_registers=return_registers,
+        )
+        if return_registers:
+            return self.c_proj(y[0]), self.c_proj(y[1])
+        return self.c_proj(y)
+
+
+class RoFormerBlock(nn.Module):
+    """`x = x + att(att_norm(x))`, then `x = x + mlp(ffn_norm(x))`: (B, T, C) -> (B, T, C).
+
+    Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
+
+    Args:
+        n_embd: C, the channels.
+        n_head: H, the heads; C / H must be even.
+        max_seq_len: the longest T.
+        rope_base: base of the rotary frequencies.
+
+    Raises:
+        ValueError: if C is not divisible by H or C / H is odd; in forward, if T is beyond max_seq_len.
+    """
+
+    def __init__(self, n_embd: int, n_head: int, max_seq_len: int, rope_base: float = 10000):
+        super().__init__()
+        self._build(n_embd, n_head, max_seq_len, rope_base, 0)
+
+    def _build(self, n_embd: int, n_head: int, max_seq_len: int, rope_base: float, registers: int) -> None:
+        self.n_embd, self.max_seq_len = n_embd, max_seq_len
+        self.att_norm = RMSNorm(n_embd)
+        self.att = RoFormerAttention(n_embd, n_head, registers + max_seq_len, rope_base)
+        self.ffn_norm = RMSNorm(n_embd)
+        self.mlp = SwiGLU(n_embd)
+
+    def _check(self, x: Tensor) -> None:
+        require_channels_last_dim(x, self.n_embd, type(self).__name__)
+        if x.shape[1] > self.max_seq_len:
+            raise ValueError(f"a sequence of length {x.shape[1]} is longer than max_seq_len={self.max_seq_len}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        x = x + self.att(self.att_norm(x))
+        return x + self.mlp(self.ffn_norm(x))

@@ -1,0 +1,169 @@
+"""ConvNeXt blocks in one and two dimensions: everything but the number of dimensions."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastblocks import functional
+from fastblocks.generator._layers import RMSNorm
+
+MODES = ("normal", "transposed")
+VARIANTS = ("convnext", "msrkit")
+
+
+class LayerNorm(nn.Module):
+    """The affine parameters of a layer normalization over channels; `depthwise_conv_layer_norm` applies it."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class ConvNeXtBlock(nn.Module):
+    """A ConvNeXt block over `spatial` dimensions; see ConvNeXt1DBlock and ConvNeXt2DBlock."""
+
+    spatial: int
+
+    def __init__(
+        self,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int],
+        input_dim: int,
+        output_dim: int,
+        mode: str = "normal",
+        *,
+        variant: str = "convnext",
+    ):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {VARIANTS}, got {variant!r}")
+        self.kernel_size = self._sizes("kernel_size", kernel_size)
+        self.stride = self._sizes("stride", stride)
+        if any(k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if input_dim < 1 or output_dim < 1:
+            raise ValueError(f"input_dim and output_dim must be positive, got {input_dim} and {output_dim}")
+        self.input_dim, self.output_dim = input_dim, output_dim
+        self.mode, self.variant = mode, variant
+        self.transposed = mode == "transposed"
+        if variant == "msrkit":
+            self._build_msrkit()
+        else:
+            self._build_convnext()
+
+    def _sizes(self, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+        sizes = (value,) * self.spatial if isinstance(value, int) else tuple(value)
+        if len(sizes) != self.spatial or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise ValueError(f"{name} must be a positive int or {self.spatial} of them, got {value!r}")
+        return sizes
+
+    def _conv(self, output_dim: int, groups: int = 1) -> nn.Module:
+        """A convolution from input_dim channels with this block's kernel, stride and "same" padding."""
+        kinds = {
+            (1, False): nn.Conv1d,
+            (2, False): nn.Conv2d,
+            (1, True): nn.ConvTranspose1d,
+            (2, True): nn.ConvTranspose2d,
+        }
+        padding = tuple(k // 2 for k in self.kernel_size)
+        kind = kinds[self.spatial, self.transposed]
+        return kind(self.input_dim, output_dim, self.kernel_size, stride=self.stride, padding=padding, groups=groups)
+
+    def _build_convnext(self) -> None:
+        self.dwconv = self._conv(self.input_dim, groups=self.input_dim)
+        self.norm = LayerNorm(self.input_dim)
+        self.pwconv1 = nn.Linear(self.input_dim, 4 * self.input_dim)
+        self.pwconv2 = nn.Linear(4 * self.input_dim, self.output_dim)
+        if any(s > 1 for s in self.stride) or self.input_dim != self.output_dim:
+            pointwise = nn.Conv1d if self.spatial == 1 else nn.Conv2d
+            self.residual_conv = pointwise(self.input_dim, self.output_dim, 1)
+        else:
+            self.residual_conv = None
+
+    def _build_msrkit(self) -> None:
+        self.dwconv = self._conv(self.input_dim)
+        self.residual_conv = self._conv(self.output_dim)
+        self.norm = RMSNorm(self.input_dim)
+        hidden = int((8 if self.spatial == 1 else 4) * self.input_dim / 3)
+        self.pwconv1 = nn.Linear(self.input_dim, 2 * hidden)
+        self.pwconv2 = nn.Linear(hidden, self.output_dim)
+
+    def forward(self, x: Tensor, original_shape: int | Sequence[int] | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (B, input_dim, *sizes), channels first.
+            original_shape: spatial sizes that a transposed block shall give; None: (size - 1) · stride + 1.
+
+        Returns:
+            (B, output_dim, *sizes), channels first.
+
+        Raises:
+            ValueError: if x has another shape, or no such convolution gives original_shape.
+        """
+        if x.dim() != self.spatial + 2 or x.shape[1] != self.input_dim:
+            sizes = ("L",) if self.spatial == 1 else ("H", "W")
+            raise ValueError(
+                f"{type(self).__name__} needs x of shape (B, {self.input_dim}, {', '.join(sizes)}), got {tuple(x.shape)}"
+            )
+        if isinstance(original_shape, int):
+            original_shape = (original_shape,)
+        wanted = None if original_shape is None else tuple(int(size) for size in original_shape)
+        sizes = functional.conv_output_size(tuple(x.shape[2:]), self.stride, self.transposed, wanted)
+        return self._forward_msrkit(x, sizes) if self.variant == "msrkit" else self._forward_convnext(x, sizes)
+
+    def _forward_convnext(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        y = functional.depthwise_conv_layer_norm(
+            x,
+            self.dwconv.weight,
+            self.dwconv.bias,
+            self.norm.weight,
+            self.norm.bias,
+            stride=self.stride,
+            transposed=self.transposed,
+            output_size=sizes,
+            eps=self.norm.eps,
+        )
+        return functional.convnext_mlp(
+            y,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
+            residual=self._residual(x, sizes),
+        )
+
+    def _residual(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        if self.residual_conv is None:
+            return x
+        if all(s == 1 for s in self.stride):
+            return self.residual_conv(x)
+        if not self.transposed:
+            # ceil_mode with an unpadded input averages a partial last window over the positions it has
+            pool = F.avg_pool1d if self.spatial == 1 else F.avg_pool2d
+            return self.residual_conv(pool(x, self.stride, self.stride, ceil_mode=True))
+        x = self.residual_conv(x)  # a 1×1 convolution commutes with repetition, and is cheaper before it
+        for dim, (stride, size) in enumerate(zip(self.stride, sizes, strict=True), start=2):
+            x = x.repeat_interleave(stride, dim).narrow(dim, 0, size)
+        return x
+
+    def _forward_msrkit(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        extra = {"output_size": list(sizes)} if self.transposed else {}
+        y = self.pwconv1(self.norm(self.dwconv(x, **extra).movedim(1, -1)))
+        y = self.pwconv2(functional.swiglu(*y.chunk(2, dim=-1))).movedim(-1, 1)
+        return y + self.residual_conv(x, **extra)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.input_dim}, {self.output_dim}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"mode={self.mode!r}, variant={self.variant!r}"
+        )

@@ -1,0 +1,232 @@
+"""Between waveforms, spectra and bands: the short-time Fourier transform and a learned band split."""
+
+import math
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastblocks.eager import band as eager_band
+
+
+class Fourier(nn.Module):
+    """Short-time Fourier transform and its inverse, Hann window, centred, reflect-padded.
+
+    Computed in float32 (float64 for float64), whatever the module's dtype; results come back in the input's dtype.
+
+    Args:
+        n_fft: window length in samples.
+        hop_length: samples from one frame to the next.
+
+    Raises:
+        ValueError: if a length is not positive.
+    """
+
+    window: Tensor
+
+    def __init__(self, n_fft: int = 2048, hop_length: int = 441):
+        super().__init__()
+        if n_fft < 1 or hop_length < 1:
+            raise ValueError(f"n_fft and hop_length must be positive, got {n_fft} and {hop_length}")
+        self.n_fft, self.hop_length = n_fft, hop_length
+        self.register_buffer("window", torch.hann_window(n_fft))
+
+    def stft(self, waveform: Tensor) -> Tensor:
+        """(B, T) -> (B, F, frames, 2): real and imaginary parts, F = n_fft // 2 + 1, frames = T // hop_length + 1.
+
+        Raises:
+            ValueError: if T is too short for a reflect pad of n_fft // 2.
+        """
+        if waveform.dim() != 2:
+            raise ValueError(f"stft needs a waveform of shape (B, T), got {tuple(waveform.shape)}")
+        return torch.view_as_real(short_time_spectrum(waveform, self._window(waveform), self.hop_length)).to(
+            waveform.dtype
+        )
+
+    def istft(self, sp: Tensor, original_length: int) -> Tensor:
+        """(B, F, frames, 2) -> (B, original_length).
+
+        Raises:
+            ValueError: if sp has another shape.
+        """
+        if sp.dim() != 4 or sp.shape[1] != self.n_fft // 2 + 1 or sp.shape[3] != 2:
+            raise ValueError(f"istft needs sp of shape (B, {self.n_fft // 2 + 1}, frames, 2), got {tuple(sp.shape)}")
+        window = self._window(sp)
+        with torch.autocast(sp.device.type, enabled=False):
+            spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
+            frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * window[:, None]  # (B, n_fft, frames)
+            # torch.istft would wait for the GPU here, to look at the smallest value of the envelope
+            envelope = self._overlap_add((window * window)[None, :, None].expand(1, -1, frames.shape[2]))
+            y = self._overlap_add(frames) / envelope.where(envelope > 1e-11, 1)
+            start = self.n_fft // 2
+            y = y[:, start : start + original_length]
+            y = nn.functional.pad(y, (0, original_length - y.shape[1]))
+        return y.to(sp.dtype)
+
+    def _overlap_add(self, frames: Tensor) -> Tensor:
+        """(B, n_fft, frames) -> (B, (frames - 1) · hop_length + n_fft)."""
+        length = (frames.shape[2] - 1) * self.hop_length + self.n_fft
+        return nn.functional.fold(frames, (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
+
+    def _window(self, x: Tensor) -> Tensor:
+        """The window in the dtype of the transform; a window that was cast down to bfloat16 is made anew."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self.window.dtype in (torch.bfloat16, torch.float16):
+            return torch.hann_window(self.n_fft, dtype=wide, device=self.window.device)
+        return self.window.to(wide)
+
+    def extra_repr(self) -> str:
+        return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
+
+
+def short_time_spectrum(waveform: Tensor, window: Tensor, hop_length: int) -> Tensor:
+    """(N, T) -> complex (N, F, frames), centred and reflect-padded, in the window's dtype even under autocast.
+
+    Raises:
+        ValueError: if T is too short for a reflect pad of n_fft // 2.
+    """
+    n_fft, length = window.shape[0], waveform.shape[-1]
+    shortest = n_fft // 2 + 1
+    if length < shortest:
+        raise ValueError(
+            f"{length} samples are too short for a window of {n_fft}: the shortest clip that works has {shortest}"
+        )
+    with torch.autocast(waveform.device.type, enabled=False):
+        return torch.stft(waveform.to(window.dtype), n_fft, hop_length, window=window, center=True, return_complex=True)
+
+
+def _slaney_mel_edges(sr: float, bands: int) -> np.ndarray:
+    """Band edges in Hz on Slaney's mel scale: linear to 1 kHz (15 mel), logarithmic above; bands + 2 of them."""
+    linear, corner, logstep = 200.0 / 3, 1000.0, np.log(6.4) / 27.0
+    corner_mel = corner / linear
+
+    def to_mel(hertz: float) -> float:
+        return corner_mel + np.log(hertz / corner) / logstep if hertz >= corner else hertz / linear
+
+    mels = np.linspace(to_mel(0.0), to_mel(sr / 2), bands + 2)
+    return np.where(mels >= corner_mel, corner * np.exp(logstep * (mels - corner_mel)), linear * mels)
+
+
+def mel_filterbank(sr: float, n_fft: int, bands: int) -> np.ndarray:
+    """Triangular filters on Slaney's mel scale, peaks of 1: (bands, n_fft // 2 + 1) float32.
+
+    Equal bit by bit to `librosa.filters.mel(sr=sr, n_fft=n_fft, n_mels=bands, norm=None)`, its rounding residue at the
+    Nyquist bin included, because nonzero weights decide which bins a band covers.
+    """
+    bins = np.fft.rfftfreq(n=n_fft, d=1.0 / sr)
+    edges = _slaney_mel_edges(sr, bands)
+    widths = np.diff(edges)
+    ramps = np.subtract.outer(edges, bins)
+    filters = np.zeros((bands, len(bins)), dtype=np.float32)
+    for k in range(bands):
+        filters[k] = np.maximum(0, np.minimum(-ramps[k] / widths[k], ramps[k + 2] / widths[k + 1]))
+    return filters
+
+
+def linear_filterbank(n_fft: int, bands: int) -> np.ndarray:
+    """Triangular filters on a linear scale: (bands, n_fft // 2 + 1) float32."""
+    bins = n_fft // 2 + 1
+    edges = np.linspace(0, bins, bands + 2).astype(int)
+    filters = np.zeros((bands, bins), dtype=np.float32)
+    for k, (start, mid, end) in enumerate(zip(edges, edges[1:], edges[2:], strict=False)):
+        filters[k, start:mid] = np.linspace(0, 1, mid - start)
+        filters[k, mid:end] = np.linspace(1, 0, end - mid)
+    return filters
+
+
+class BandLinear(nn.Module):
+    """The parameters of a Linear a band: weight (K, in, out), bias (K, out)."""
+
+    def __init__(self, bands: int, inputs: int, outputs: int):
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(bands, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(bands, outputs).uniform_(-bound, bound))
+
+    def extra_repr(self) -> str:
+        return "bands={}, in={}, out={}".format(*self.weight.shape)
+
+
+class Band(nn.Module):
+    """A learned split of a spectrum into overlapping bands, and the way back: a Linear a band.
+
+    Band k covers the bins where its triangular filter is nonzero; a bin belongs to two bands or so. The filters' values
+    weigh nothing.
+
+    Args:
+        sr: sample rate in Hz.
+        n_fft: of the spectrum; F = n_fft // 2 + 1.
+        bands_num: K.
+        in_channels: channels of a bin (2 for real and imaginary parts).
+        out_channels: channels of a band.
+        scale: 'mel' (Slaney's, from 0 to sr / 2) or 'linear'.
+
+    Raises:
+        ValueError: for an unknown scale or sizes that are not positive.
+
+    Warns:
+        UserWarning: names the bands that cover no bin; they give their bias alone.
+    """
+
+    filterbanks: Tensor
+    ola_window: Tensor
+
+    def __init__(self, sr: int, n_fft: int, bands_num: int, in_channels: int, out_channels: int, scale: str = "mel"):
+        super().__init__()
+        sizes = {
+            "sr": sr,
+            "n_fft": n_fft,
+            "bands_num": bands_num,
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+        }
+        if bad := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"Band needs positive sizes, got {bad}")
+        if scale not in ("mel", "linear"):
+            raise ValueError(f"scale must be 'mel' or 'linear', got {scale!r}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        filters = mel_filterbank(sr, n_fft, bands_num) if scale == "mel" else linear_filterbank(n_fft, bands_num)
+        self.ranges = eager_band.ranges(filters)
+        if empty := [k for k, (start, end) in enumerate(self.ranges) if start == end]:
+            warnings.warn(
+                f"{len(empty)} of {bands_num} bands cover no bin of an n_fft of {n_fft} at {sr} Hz and give their bias "
+                f"alone: {', '.join(map(str, empty))}",
+                stacklevel=2,
+            )
+        bins, width = filters.shape[1], max(1, *(end - start for start, end in self.ranges))
+        weight = torch.from_numpy(filters)
+        total = weight.sum(0)
+        lanes = torch.arange(width)
+        starts, ends = torch.tensor(self.ranges).T[:, :, None]
+        mask = starts + lanes < ends  # (K, Wmax)
+        self.register_buffer("filterbanks", weight)
+        self.register_buffer("ola_window", total.where(total >= 1e-8, 1))
+        self.register_buffer("f_idxes", (starts + lanes).where(mask, 0).flatten())
+        self.register_buffer("mask", mask.flatten().float())
+        self.pre_bandnet = BandLinear(bands_num, width * in_channels, out_channels)
+        self.post_bandnet = BandLinear(bands_num, out_channels, width * in_channels)
+        self.bins = bins
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, F, T, in_channels) -> (B, out_channels, T, K).
+
+        Raises:
+            ValueError: if x has another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.bins or x.shape[3] != self.in_channels:
+            raise ValueError(f"split needs x of shape (B, {self.bins}, T, {self.in_channels}), got {tuple(x.shape)}")
+        return eager_band.split(x, self.ranges, self.pre_bandnet.weight, self.pre_bandnet.bias)
+
+    def unsplit(self, x: Tensor) -> Tensor:
+        """(B, out_channels, T, K) -> (B, F, T, in_channels): overlapping bands add up, divided by `ola_window`.
+
+        Raises:
+            ValueError: if x has another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.out_channels or x.shape[3] != len(self.ranges):
+            raise ValueError(
+                f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
+            )
+        y = eager_band.unsplit(x, self.ranges, self.post_bandnet.weight, self.post_bandnet.bias, self.bins)
+        return y / self.ola_window[:, None, None]
