@@ -28,7 +28,7 @@ from fastblocks.kernels.runtime import tl, triton
 
 # More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
 # multiple of every vector length, so that chunks start where memory is aligned.
-MAX_TAPS = tl.constexpr(16)
+MAX_TAPS = 16
 
 
 @triton.jit
@@ -121,6 +121,7 @@ def _conv_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     KEEP: tl.constexpr,
+    TAPS: tl.constexpr,
     VECTOR: tl.constexpr,
     LARGE: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -136,12 +137,11 @@ def _conv_kernel(
     SIGN_W: tl.constexpr = -GAP_W if TRANSPOSED else 1
     TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
     ALL_TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
-    TAPS_W: tl.constexpr = min(ALL_TAPS_W, MAX_TAPS)
-    CHUNKS: tl.constexpr = (ALL_TAPS_W + TAPS_W - 1) // TAPS_W
-    GUARD: tl.constexpr = KERNEL_W % GAP_W != 0 or ALL_TAPS_W % TAPS_W != 0  # some taps are beyond the kernel
+    CHUNKS: tl.constexpr = (ALL_TAPS_W + TAPS - 1) // TAPS
+    GUARD: tl.constexpr = KERNEL_W % GAP_W != 0 or ALL_TAPS_W % TAPS != 0  # some taps are beyond the kernel
     PAD_H: tl.constexpr = KERNEL_H // 2
     PAD_W: tl.constexpr = KERNEL_W // 2
-    SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS_W  # inputs of a run
+    SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS  # inputs of a run
     SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # vectors start where memory is aligned
     VECTORS: tl.constexpr = (SLACK + SPAN + VECTOR - 1) // VECTOR
 
@@ -183,7 +183,7 @@ def _conv_kernel(
         acc = acc + (tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32),)
     for j in range(TAPS_H * CHUNKS):
         j_h = j // CHUNKS
-        j_w = j % CHUNKS * TAPS_W
+        j_w = j % CHUNKS * TAPS
         h = offs_h * STEP_H + (first_h + j_h)
         kernel_h = tap_h + j_h * SIGN_H
         mask_h = (h >= 0) & (h < H) & (kernel_h < KERNEL_H)
@@ -205,7 +205,7 @@ def _conv_kernel(
                 parts = (tl.load(x_ptr + offs, mask=mask, other=0.0),)
             for e in tl.static_range(VECTOR):
                 if v * VECTOR + e >= SLACK and v * VECTOR + e - SLACK < SPAN:
-                    if v * VECTOR + e - SLACK < TAPS_W:
+                    if v * VECTOR + e - SLACK < TAPS:
                         kernel_w = tap_w + (j_w + (v * VECTOR + e - SLACK)) * SIGN_W
                         is_tap = (kernel_w >= 0) & (kernel_w < KERNEL_W)
                         mask_k = mask_c & (kernel_h < KERNEL_H) & is_tap
@@ -214,7 +214,7 @@ def _conv_kernel(
                         weights = weights + (weight[:, None],)
                         valid = valid + (is_tap,)
                     x = parts[e].to(tl.float32)
-                    acc = _accumulate(acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS_W, GUARD, RUN)
+                    acc = _accumulate(acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS, GUARD, RUN)
 
     u = _pack(acc, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
     if HAS_BIAS:
@@ -333,6 +333,7 @@ def convolve(
         HAS_BIAS=bias is not None,
         HAS_AFFINE=norm_weight is not None,
         KEEP=rstd is not None,
+        TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
         VECTOR=vector,
         LARGE=max(span(x), span(y)) >= 2**31,
         **launch.keywords(),

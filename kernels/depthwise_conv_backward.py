@@ -15,11 +15,12 @@ Sums over positions: every program adds its share in registers, in the order of 
 row of a buffer; `_sum_slabs_kernel` adds the rows in order. No atomics: the same bits every time.
 """
 
+import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
-from fastblocks.kernels.depthwise_conv import _pack, _unpack, span, vector_of
+from fastblocks.kernels.depthwise_conv import _pack, _unpack, convolve, span, vector_of
 from fastblocks.kernels.runtime import tl, triton
 
 # Taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 a thread are 64 registers.
@@ -48,7 +49,7 @@ def _norm_backward_kernel(
         sum_bias = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
-        rows = block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M
         mask_m = rows < n_rows
         mask = mask_m[:, None] & mask_c[None, :]
         offs = rows[:, None] * C + offs_c[None, :]
@@ -288,3 +289,137 @@ def _sum_slabs_kernel(
     if HAS_BIAS:
         if column == TAPS + 2:
             tl.store(grad_bias_ptr + offs_c, result.to(grad_bias_ptr.dtype.element_ty), mask=mask_c)
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    normalized: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor | None,
+    grads: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    transposed: bool,
+) -> None:
+    """Fills grad_x, where one is wanted, and grads: of the weight, norm_weight, norm_bias and bias, where there are.
+
+    x and grad_x are (B, C, H, W) by strides, weight (taps, C) and contiguous, grad_y and normalized (B, H', W', C).
+    """
+    batch, channels, height, width = x.shape
+    height_out, width_out = grad_y.shape[1:3]
+    grad_weight, grad_norm_weight, grad_norm_bias, grad_bias = grads
+    architecture, multiprocessors = runtime.architecture(x.device), runtime.multiprocessors(x.device)
+
+    rows = rstd.numel()
+    launch, programs = launch_table.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
+    grad_u = torch.empty_like(grad_y)
+    norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
+    _norm_backward_kernel[(programs,)](
+        grad_y_ptr=grad_y,
+        normalized_ptr=normalized,
+        rstd_ptr=rstd,
+        norm_weight_ptr=norm_weight,
+        grad_u_ptr=grad_u,
+        partial_ptr=norm_partial,
+        n_rows=rows,
+        C=channels,
+        HAS_AFFINE=norm_weight is not None,
+        **launch.keywords(),
+    )
+
+    gaps = (1, 1) if transposed else stride
+    taps_h, taps_w = (-(-k // gap) for k, gap in zip(kernel, gaps, strict=True))
+    taps = min(taps_w, MAX_TAPS)
+    parts = gaps[0] * gaps[1] * taps_h * -(-taps_w // taps)
+    vector = vector_of(x, width) if gaps[1] == 1 else 1
+    launch, slabs = launch_table.grad_weight(
+        architecture,
+        multiprocessors,
+        batch=batch,
+        channels=channels,
+        sizes=(-(-height // gaps[0]), -(-width // gaps[1])),
+        parts=parts,
+    )
+    vector = launch["RUN"] if vector >= launch["RUN"] else 1
+    fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
+    grad_x_strides = grad_x.stride() if fused else (0, 0, 0, 0)
+    blocks_h = -(-height // (gaps[0] * launch["BLOCK_H"]))
+    blocks_w = -(-width // (gaps[1] * launch["BLOCK_W"] * launch["RUN"]))
+    weight_partial = torch.empty(
+        (gaps[0] * gaps[1], slabs, taps_h * taps_w, channels), dtype=torch.float32, device=x.device
+    )
+    _grad_weight_kernel[(parts * slabs, -(-channels // launch["BLOCK_C"]))](
+        x_ptr=x,
+        grad_u_ptr=grad_u,
+        weight_ptr=weight,
+        grad_x_ptr=grad_x if fused else None,
+        partial_ptr=weight_partial,
+        H=height,
+        W=width,
+        H_OUT=height_out,
+        W_OUT=width_out,
+        blocks_h=blocks_h,
+        blocks_w=blocks_w,
+        n_tiles=batch * blocks_h * blocks_w,
+        n_slabs=slabs,
+        stride_x_b=x.stride(0),
+        stride_x_c=x.stride(1),
+        stride_x_h=x.stride(2),
+        stride_x_w=x.stride(3),
+        stride_grad_x_b=grad_x_strides[0],
+        stride_grad_x_c=grad_x_strides[1],
+        stride_grad_x_h=grad_x_strides[2],
+        stride_grad_x_w=grad_x_strides[3],
+        C=channels,
+        KERNEL_H=kernel[0],
+        KERNEL_W=kernel[1],
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        TRANSPOSED=transposed,
+        TAPS=taps,
+        GRAD_X=fused,
+        VECTOR=vector,
+        LARGE=max(span(x), height_out * width_out * channels) >= 2**31,
+        **launch.keywords(),
+    )
+    if grad_x is not None and not fused:
+        convolve(
+            grad_u.permute(0, 3, 1, 2),
+            weight,
+            (1, channels),
+            None,
+            None,
+            None,
+            grad_x,
+            None,
+            None,
+            kernel=kernel,
+            stride=stride,
+            transposed=not transposed,
+            normalize=False,
+        )
+
+    launch = launch_table.sum_slabs(channels)
+    _sum_slabs_kernel[(kernel[0] * kernel[1] + 3, -(-channels // launch["BLOCK_C"]))](
+        weight_partial_ptr=weight_partial,
+        norm_partial_ptr=norm_partial,
+        grad_weight_ptr=grad_weight,
+        grad_norm_weight_ptr=grad_norm_weight,
+        grad_norm_bias_ptr=grad_norm_bias,
+        grad_bias_ptr=grad_bias,
+        weight_slabs=slabs,
+        norm_slabs=programs,
+        C=channels,
+        KERNEL_H=kernel[0],
+        KERNEL_W=kernel[1],
+        GAP_H=gaps[0],
+        GAP_W=gaps[1],
+        TRANSPOSED=transposed,
+        HAS_AFFINE=norm_weight is not None,
+        HAS_BIAS=grad_bias is not None,
+        **launch.keywords(),
+    )

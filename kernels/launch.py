@@ -75,3 +75,39 @@ def depthwise_conv(
     while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
         block_w //= 2
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
+
+
+def norm_backward(architecture: str, multiprocessors: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
+    """LN's gradient and how many programs share the rows.
+
+    A tile of 2048 elements in 4 warps is 16 a thread; with three tiles of sums that is under 100 registers. Two
+    programs a multiprocessor: the second stage reads 12 bytes a channel and program.
+    """
+    block_c = max(16, _power_of_two(channels))
+    warps = 8 if block_c >= 1024 else 4
+    block_m = max(1, warps * 512 // block_c)
+    programs = max(1, min(-(-rows // block_m), multiprocessors * (2 if warps == 8 else 4)))
+    return config(warps, BLOCK_C=block_c, BLOCK_M=block_m), programs
+
+
+def grad_weight(
+    architecture: str, multiprocessors: int, *, batch: int, channels: int, sizes: tuple[int, int], parts: int
+) -> tuple[LaunchConfig, int]:
+    """Gradient of a depthwise convolution's weights, and how many slabs of positions there are.
+
+    `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels. 8 channels a
+    thread are one 16-byte load of du; 8 tiles of sums are then 64 registers. About 4 programs a multiprocessor.
+    """
+    run = 4
+    block_c = min(64, max(16, _power_of_two(channels)))
+    runs = 1024 // block_c
+    block_w = min(runs, _power_of_two(-(-sizes[1] // run)))
+    block_h = min(runs // block_w, _power_of_two(sizes[0]))
+    tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
+    slabs = max(1, min(tiles, 4 * multiprocessors // (parts * -(-channels // block_c))))
+    return config(4, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
+
+
+def sum_slabs(channels: int) -> LaunchConfig:
+    """Second stage of sums over positions: 32 slabs a step, whole sectors of channels."""
+    return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, _power_of_two(channels))))
