@@ -111,3 +111,35 @@ def grad_weight(
 def sum_slabs(channels: int) -> LaunchConfig:
     """Second stage of sums over positions: 32 slabs a step, whole sectors of channels."""
     return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, _power_of_two(channels))))
+
+
+def sum_rows() -> LaunchConfig:
+    """Second stage of sums: 32 rows × 128 columns a step, 32 loads of a thread in flight."""
+    return config(4, BLOCK_S=32, BLOCK_N=128)
+
+
+def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int, gated: bool) -> LaunchConfig:
+    """The fused MLP. Predicted, not timed: 128 rows a program forward; 64 where gradients need more registers."""
+    block_c, block_o = (max(16, _power_of_two(c)) for c in (channels, c_out))
+    wide = max(block_c, block_o) >= 128 or itemsize == 4
+    blocks = {"BLOCK_C": block_c, "BLOCK_O": block_o}
+    if which == "forward":
+        return config(8 if wide else 4, 2, BLOCK_M=128, BLOCK_F=32 if wide else 64, **blocks)
+    if which == "grad_x":
+        return config(8 if wide else 4, 2, BLOCK_M=128 if wide else 64, BLOCK_F=32, **blocks)
+    return config(8 if wide else 4, 1, BLOCK_M=64, BLOCK_F=32 if gated else 64, **blocks)
+
+
+def transposing(channels: int) -> LaunchConfig:
+    """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both, 8 KB in 16 bits."""
+    return config(4, BLOCK_S=64, BLOCK_C=min(64, max(16, _power_of_two(channels))))
+
+
+def pointwise(columns: int) -> LaunchConfig:
+    """Rows of hidden units with a sum a column: 8 elements a thread and tensor, 128 columns for whole 16-byte loads."""
+    return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, _power_of_two(columns))))
+
+
+def slabs(multiprocessors: int, tiles: int, columns: int) -> int:
+    """Programs that share `tiles` rows of tiles, `columns` programs beside each other: 4 a multiprocessor."""
+    return max(1, min(tiles, 4 * multiprocessors // columns))
