@@ -318,7 +318,7 @@ def _autograd(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ConvNeXtMLP.apply(*tensors, dtype, keep)
     with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*tensors, dtype, False)
+        return _forward_op(*tensors, dtype, keep)
 
 
 _LIBRARY.impl("convnext_mlp", _autograd, "Autograd")
@@ -328,4 +328,6 @@ def convnext_mlp(x, weight1, bias1, weight2, bias2, residual, recompute: bool = 
     """The functional operation on kernels; `recompute` keeps x alone for backward, at any size."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _forward_op(x, weight1, bias1, weight2, bias2, residual, dtype, not recompute)[0]
+    tensors = (x, weight1, bias1, weight2, bias2, residual)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _forward_op(*tensors, dtype, needed and not recompute)[0]

@@ -336,6 +336,7 @@ def backward(
     taps = min(taps_w, MAX_TAPS)
     parts = gaps[0] * gaps[1] * taps_h * -(-taps_w // taps)
     vector = vector_of(x, width) if gaps[1] == 1 else 1
+    fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
     launch, slabs = launch_table.grad_weight(
         architecture,
         multiprocessors,
@@ -343,9 +344,9 @@ def backward(
         channels=channels,
         sizes=(-(-height // gaps[0]), -(-width // gaps[1])),
         parts=parts,
+        fused=fused,
     )
     vector = launch["RUN"] if vector >= launch["RUN"] else 1
-    fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
     grad_x_strides = grad_x.stride() if fused else (0, 0, 0, 0)
     blocks_h = -(-height // (gaps[0] * launch["BLOCK_H"]))
     blocks_w = -(-width // (gaps[1] * launch["BLOCK_W"] * launch["RUN"]))

@@ -133,9 +133,9 @@ _backward_op = torch.ops.fastblocks.depthwise_conv_layer_norm_backward.default
 
 class _DepthwiseConvLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype):
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep):
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = _forward_op(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, True)
+            outputs = _forward_op(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep)
         y, normalized, rstd = outputs
         ctx.save_for_backward(
             x, weight, bias, norm_weight, norm_bias, y if norm_weight is None else normalized, rstd
@@ -148,14 +148,14 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, *_):
         if grad_y is None:
-            return (None,) * 10
+            return (None,) * 11
         *inputs, normalized, rstd = ctx.saved_tensors
         stride, transposed, _, _, dtype = ctx.call
         if torch.is_grad_enabled():  # somebody will differentiate the gradient
-            return (*_differentiable_backward(ctx, grad_y, inputs, dtype), *(None,) * 5)
+            return (*_differentiable_backward(ctx, grad_y, inputs, dtype), *(None,) * 6)
         grads = _backward_op(grad_y, *inputs, normalized, rstd, stride, transposed, ctx.needs_input_grad[0])
         wanted = zip(grads, inputs, ctx.needs_input_grad, strict=False)
-        return (*(g if t is not None and need else None for g, t, need in wanted), *(None,) * 5)
+        return (*(g if t is not None and need else None for g, t, need in wanted), *(None,) * 6)
 
 
 def _differentiable_backward(ctx, grad_y, inputs, dtype):
@@ -173,8 +173,8 @@ def _differentiable_backward(ctx, grad_y, inputs, dtype):
 
 def _autograd(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep):
     tensors = (x, weight, bias, norm_weight, norm_bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _DepthwiseConvLayerNorm.apply(*tensors, stride, transposed, sizes, eps, dtype)
+    if keep:
+        return _DepthwiseConvLayerNorm.apply(*tensors, stride, transposed, sizes, eps, dtype, keep)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*tensors, stride, transposed, sizes, eps, dtype, keep)
 
@@ -186,4 +186,6 @@ def depthwise_conv_layer_norm(x, weight, bias, norm_weight, norm_bias, stride, t
     """The functional operation on kernels; `norm_weight` and `norm_bias` may be None, then it returns x̂."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _forward_op(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, False)[0]
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return _forward_op(*tensors, stride, transposed, sizes, eps, dtype, keep)[0]

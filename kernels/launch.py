@@ -91,21 +91,31 @@ def norm_backward(architecture: str, multiprocessors: int, *, channels: int, row
 
 
 def grad_weight(
-    architecture: str, multiprocessors: int, *, batch: int, channels: int, sizes: tuple[int, int], parts: int
+    architecture: str,
+    multiprocessors: int,
+    *,
+    batch: int,
+    channels: int,
+    sizes: tuple[int, int],
+    parts: int,
+    fused: bool,
 ) -> tuple[LaunchConfig, int]:
     """Gradient of a depthwise convolution's weights, and how many slabs of positions there are.
 
-    `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels. 8 channels a
-    thread are one 16-byte load of du; 8 tiles of sums are then 64 registers. About 4 programs a multiprocessor.
+    `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels; `fused` is the
+    gradient of x in the same pass. Tiles of [channels, runs]: 7 of sums, 4 of x, fused 4 of dx and 7 of weights more;
+    at 8 elements a thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About 4 programs a
+    multiprocessor is a prediction.
     """
     run = 4
     block_c = min(64, max(16, _power_of_two(channels)))
-    runs = 1024 // block_c
+    runs = (1024 if block_c == 64 else 512) // block_c
     block_w = min(runs, _power_of_two(-(-sizes[1] // run)))
     block_h = min(runs // block_w, _power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
     slabs = max(1, min(tiles, 4 * multiprocessors // (parts * -(-channels // block_c))))
-    return config(4, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
+    warps = 8 if fused and block_c == 64 else 4
+    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
 
 
 def sum_slabs(channels: int) -> LaunchConfig:

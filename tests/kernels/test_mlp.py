@@ -3,7 +3,7 @@ import torch
 
 from fastblocks import backend
 from fastblocks.functional import convnext_mlp
-from tests.compare import assert_as_exact, assert_close
+from tests.compare import ROUNDING, assert_as_exact, assert_close, relative_error
 from tests.reference import convnext as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,7 +80,9 @@ def check(tensors, dtype, function=convnext_mlp):
     assert results[0][0].is_contiguous()
     for name, got, eager, exact in zip(names, *results, strict=True):
         if dtype == torch.float32 and not torch.cuda.is_available():
-            assert_close(got, exact, what=name)  # NumPy's order of summation under the interpreter
+            # NumPy and the CPU's library sum in orders of their own: a few roundings, and those of eager.
+            limit = max(1.0, relative_error(eager, exact) / ROUNDING[dtype])
+            assert_close(got, exact, terms=limit, what=name)
             assert got.dtype == eager.dtype
         else:
             assert_as_exact(got, eager, exact, name)
