@@ -4,7 +4,8 @@
 
 x (B, *sizes, C), y and the residual (B, C_out, *sizes). Two ways, by size and dtype:
 
-- Up to FUSED_CHANNELS channels in 16 bits: the kernels of `mlp`; only x is kept for backward.
+- Up to FUSED_CHANNELS channels in 16 bits: the kernels of `mlp`; only x is kept for backward, which is theirs too
+  up to FUSED_BACKWARD_CHANNELS and the library's, with pre computed again, above.
 - Above, and in float32 (where the library's products follow torch's own TF32 switch): the library multiplies, and a
   kernel adds bias and residual while it transposes. Kept: x and pre, 2·(C + F) bytes a position, or x alone
   (`recompute=True`: 17 % more FLOPs). Backward: one kernel transposes dy and sums db2; one computes hidden and d pre
@@ -13,16 +14,22 @@ x (B, *sizes, C), y and the residual (B, C_out, *sizes). Two ways, by size and d
 Products are rounded to `dtype` (autocast's, where that is on); y has the promoted dtype of `dtype` and the residual.
 """
 
+import sys
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch as launch_table
-from fastblocks.kernels import mlp, runtime
+from fastblocks.kernels import mlp, runtime, sums
+from fastblocks.kernels.recording import recorded
 from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.sums import sum_rows
 
 # Where the hidden units stay on the chip. Bytes: 10C a position instead of 54C; at 128 channels the products still
 # take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
 FUSED_CHANNELS = 128
+FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients spill registers in every configuration tried
 
 
 @triton.jit
@@ -126,8 +133,8 @@ def obstacle(x: Tensor, *others: Tensor | None) -> str:
     return ""
 
 
-def _is_fused(x: Tensor, weight2: Tensor, dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and max(x.shape[-1], weight2.shape[0]) <= FUSED_CHANNELS
+def _is_fused(x: Tensor, weight2: Tensor, dtype: torch.dtype, limit: int) -> bool:
+    return dtype != torch.float32 and max(x.shape[-1], weight2.shape[0]) <= limit
 
 
 def _y_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
@@ -137,7 +144,7 @@ def _y_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
 def _forward(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     batch, c_out, sizes = x.shape[0], weight2.shape[0], x.shape[1:-1]
     y = torch.empty((batch, c_out, *sizes), dtype=_y_dtype(dtype, residual), device=x.device)
-    fused = _is_fused(x, weight2, dtype)
+    fused = _is_fused(x, weight2, dtype, FUSED_CHANNELS)
     pre = x.new_empty(0, dtype=dtype)
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     flat_y = y.view(batch, c_out, -1)
@@ -181,7 +188,7 @@ def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, nee
     grad_y = grad_y.reshape(batch, c_out, -1)
     parameters = (weight1, bias1, weight2, bias2)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters if need_weights]
-    if _is_fused(x, weight2, dtype):
+    if _is_fused(x, weight2, dtype, FUSED_BACKWARD_CHANNELS):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
         mlp.fused_backward(
             grad_y,
@@ -237,8 +244,8 @@ def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, nee
     grad_x = torch.mm(grad_pre, weight1.to(dtype)).view(x.shape).to(x.dtype) if need_x else x.new_empty(0)
     if not need_weights:
         return grad_x, *(x.new_empty(0) for _ in range(4))
-    mlp.sum_rows(partial1, [grads[1]])
-    mlp.sum_rows(partial2, [grads[3]])
+    sum_rows(partial1, [grads[1]])
+    sum_rows(partial2, [grads[3]])
     grad_weight1 = torch.mm(grad_pre.t(), rows).to(weight1.dtype)
     grad_weight2 = torch.mm(grad_rows.t(), hidden).to(weight2.dtype)
     return grad_x, grad_weight1, grads[1], grad_weight2, grads[3]
@@ -261,7 +268,7 @@ for _device in ("CPU", "CUDA"):  # the CPU's is the interpreter's
 @torch.library.register_fake("fastblocks::convnext_mlp", lib=_LIBRARY)
 def _(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     y = x.new_empty((x.shape[0], weight2.shape[0], *x.shape[1:-1]), dtype=_y_dtype(dtype, residual))
-    kept = keep and not _is_fused(x, weight2, dtype)
+    kept = keep and not _is_fused(x, weight2, dtype, FUSED_CHANNELS)
     return y, x.new_empty((x.numel() // x.shape[-1], weight1.shape[0]) if kept else (0,), dtype=dtype)
 
 
@@ -331,3 +338,24 @@ def convnext_mlp(x, weight1, bias1, weight2, bias2, residual, recompute: bool = 
     tensors = (x, weight1, bias1, weight2, bias2, residual)
     needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _forward_op(*tensors, dtype, needed and not recompute)[0]
+
+
+def aot_cases(architecture: str = "sm_90") -> Iterator[launch_table.CompileCase]:
+    """Every kernel of the standard workloads, as it would be launched, forward and backward."""
+    shapes = {"cnx-1d": (16, 1000, 512)}
+    for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8)):
+        shapes[f"cnx-2d C {channels}"] = (4, height, width, channels)
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, shape in shapes.items():
+
+            def run(shape=shape, dtype=dtype):
+                batch, *sizes, channels = shape
+                x = torch.empty(shape, dtype=dtype, device="meta")
+                residual = torch.empty((batch, channels, *sizes), device="meta")
+                parameters = [torch.empty(n, device="meta") for n in ((4 * channels, channels), (4 * channels,))]
+                parameters += [torch.empty(n, device="meta") for n in ((channels, 4 * channels), (channels,))]
+                y, pre = _forward(x, *parameters, residual, dtype, True)
+                _backward(y, x, *parameters, pre, dtype, True, True)
+
+            label = f"{name} {str(dtype).removeprefix('torch.')}"
+            yield from recorded(architecture, label, (mlp, sums, sys.modules[__name__]), run)

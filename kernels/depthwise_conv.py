@@ -18,13 +18,11 @@ Strided and transposed convolutions are the same walk: a transposed one is split
 phase it is a stride-1 convolution with ceil(k/s) taps.
 """
 
-
 from torch import Tensor
 
 from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import tl, triton
-
 
 # More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
 # multiple of every vector length, so that chunks start where memory is aligned.
@@ -69,12 +67,20 @@ def _pack(parts, N: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc, x, weights, valid, D: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr, GUARD: tl.constexpr, RUN: tl.constexpr
+    acc,
+    x,
+    weights,
+    valid,
+    D: tl.constexpr,
+    STEP: tl.constexpr,
+    TAPS: tl.constexpr,
+    GUARD: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """Adds input number D of a run to every output of the run that has a tap there."""
     updated = ()
     for f in tl.static_range(RUN):
-        if D >= f * STEP and D - f * STEP < TAPS:
+        if D - f * STEP >= 0 and D - f * STEP < TAPS:
             if GUARD:  # a weight of zero would not do: the input may be Inf
                 updated = updated + (acc[f] + tl.where(valid[D - f * STEP], x, 0.0) * weights[D - f * STEP],)
             else:
@@ -292,6 +298,7 @@ def convolve(
         sizes=(-(-height_out // gaps[0]), -(-width_out // gaps[1])),
         itemsize=x.element_size(),
         vector=vector,
+        strided=stride != (1, 1),
         all_channels=normalize,
     )
     blocks_h = -(-height_out // (gaps[0] * launch["BLOCK_H"]))

@@ -286,7 +286,7 @@ def _sum_slabs_kernel(
             tl.store(grad_norm_weight_ptr + offs_c, result.to(grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
         if column == TAPS + 1:
             tl.store(grad_norm_bias_ptr + offs_c, result.to(grad_norm_bias_ptr.dtype.element_ty), mask=mask_c)
-    if HAS_BIAS:
+    if HAS_BIAS:  # a constexpr: without one there is nothing to store to
         if column == TAPS + 2:
             tl.store(grad_bias_ptr + offs_c, result.to(grad_bias_ptr.dtype.element_ty), mask=mask_c)
 

@@ -11,10 +11,14 @@ Everything is float32 between reading x and writing y. Under autocast x and the 
 has autocast's dtype.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import depthwise_conv, depthwise_conv_backward
+from fastblocks.kernels.launch import CompileCase
+from fastblocks.kernels.recording import recorded
 
 MAX_CHANNELS = 2048  # a position's channels are normalized in registers: 2048 × 8 positions in 16 warps
 MAX_KERNEL = 63  # a side; tests go as far
@@ -137,9 +141,7 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             outputs = _forward_op(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep)
         y, normalized, rstd = outputs
-        ctx.save_for_backward(
-            x, weight, bias, norm_weight, norm_bias, y if norm_weight is None else normalized, rstd
-        )
+        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, y if norm_weight is None else normalized, rstd)
         ctx.call = stride, transposed, sizes, eps, dtype
         ctx.mark_non_differentiable(normalized, rstd)
         ctx.set_materialize_grads(False)
@@ -189,3 +191,28 @@ def depthwise_conv_layer_norm(x, weight, bias, norm_weight, norm_bias, stride, t
     tensors = (x, weight, bias, norm_weight, norm_bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return _forward_op(*tensors, stride, transposed, sizes, eps, dtype, keep)[0]
+
+
+def aot_cases(architecture: str = "sm_90") -> Iterator[CompileCase]:
+    """Every kernel of the standard workloads, as it would be launched, forward and backward."""
+    shapes = {"cnx-1d": ((16, 512, 1000), (1,))}
+    for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8)):
+        for stride in (1, 2):
+            shapes[f"cnx-2d C {channels} stride {stride}"] = (4, channels, height, width), (stride, stride)
+    modules = (depthwise_conv, depthwise_conv_backward)
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, (shape, stride) in shapes.items():
+            for transposed in (False, True):
+
+                def run(shape=shape, stride=stride, dtype=dtype, transposed=transposed):
+                    x = torch.empty(shape, dtype=dtype, device="meta")
+                    weight = torch.empty((shape[1], 1, *(7,) * len(stride)), device="meta")
+                    vector = torch.empty(shape[1], device="meta")
+                    pairs = list(zip(shape[2:], stride, strict=True))
+                    sizes = [size * s if transposed else -(-size // s) for size, s in pairs]
+                    inputs = (x, weight, vector, vector, vector)
+                    y, normalized, rstd = _forward(*inputs, stride, transposed, sizes, 1e-6, dtype, True)
+                    _backward(y, *inputs, normalized, rstd, stride, transposed, True)
+
+                label = f"{name}{' transposed' if transposed else ''} {str(dtype).removeprefix('torch.')}"
+                yield from recorded(architecture, label, modules, run)

@@ -52,20 +52,21 @@ def depthwise_conv(
     sizes: tuple[int, int],
     itemsize: int,
     vector: int,
+    strided: bool,
     all_channels: bool,
 ) -> LaunchConfig:
     """Depthwise convolution, forward and gradient of x.
 
     RUN: the outputs of a thread that share their inputs in registers; one vector load's worth, or 4.
-    Registers bound the tile: 32 float32 accumulators a thread compile to 64-128 registers. 16 warps with 4-byte inputs
-    take 16: 32 spilled 8 bytes on sm_90. Nothing here is timed; that smaller tiles pay where the grid would not fill
-    the device is a prediction.
+    Registers bound the tile: 32 float32 accumulators a thread compile to 64-196 registers. 16 warps with 4-byte inputs
+    take 16 (32 spilled 8 bytes on sm_90), and strided kernels, whose runs read twice the inputs (32 took 249).
+    Nothing here is timed; that smaller tiles pay where the grid would not fill the device is a prediction.
     """
     run = max(vector, 4)
     block_c = _power_of_two(channels) if all_channels else min(64, _power_of_two(channels))
     block_c = max(16, block_c)
     warps = 16 if block_c >= 512 else 8 if block_c >= 64 and all_channels else 4
-    accumulators = 16 if warps == 16 and itemsize == 4 else 32
+    accumulators = 16 if strided or (warps == 16 and itemsize == 4) else 32
     runs = max(1, warps * 32 * accumulators // (block_c * run))
     block_w = min(runs, _power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
     block_h = min(runs // block_w, _power_of_two(sizes[0]))
@@ -129,20 +130,26 @@ def sum_rows() -> LaunchConfig:
 
 
 def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int, gated: bool) -> LaunchConfig:
-    """The fused MLP. Predicted, not timed: 128 rows a program forward; 64 where gradients need more registers."""
+    """The fused MLP: the largest tiles that spill on neither sm_80 nor sm_90 (64 and 128 channels, 16 bits).
+
+    Weights' gradients hold both weights' chunks as operands and both gradients as sums: 32 × 32 takes 168-241
+    registers at 64 channels, 64 rows or hidden units spill there, and everything does at 128. Not timed.
+    """
     block_c, block_o = (max(16, _power_of_two(c)) for c in (channels, c_out))
     wide = max(block_c, block_o) >= 128 or itemsize == 4
     blocks = {"BLOCK_C": block_c, "BLOCK_O": block_o}
     if which == "forward":
-        return config(8 if wide else 4, 2, BLOCK_M=128, BLOCK_F=32 if wide else 64, **blocks)
+        if wide:
+            return config(8, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
+        return config(4, 2, BLOCK_M=64 if gated else 128, BLOCK_F=64, **blocks)
     if which == "grad_x":
-        return config(8 if wide else 4, 2, BLOCK_M=128 if wide else 64, BLOCK_F=32, **blocks)
-    return config(8 if wide else 4, 1, BLOCK_M=64, BLOCK_F=32 if gated else 64, **blocks)
+        return config(8 if wide else 4, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
+    return config(4, 1, BLOCK_M=32, BLOCK_F=32, **blocks)
 
 
 def transposing(channels: int) -> LaunchConfig:
-    """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both, 8 KB in 16 bits."""
-    return config(4, BLOCK_S=64, BLOCK_C=min(64, max(16, _power_of_two(channels))))
+    """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both."""
+    return config(8, BLOCK_S=64, BLOCK_C=min(64, max(16, _power_of_two(channels))))
 
 
 def pointwise(columns: int) -> LaunchConfig:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import tl, triton
-
+from fastblocks.kernels.sums import sum_rows
 
 # The interpreter multiplies the bits of bfloat16 as integers; as float32 the products are exact, and right there too.
 _UPCAST = tl.constexpr(runtime.INTERPRETED)
@@ -46,7 +46,9 @@ def _normal_cdf(x, EXACT: tl.constexpr):
         cdf = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
     else:
         t = 1.0 / (1.0 + 0.23164190 * tl.abs(x))
-        tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
+        tail = (
+            t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145)))) * bell
+        )
         cdf = tl.where(x >= 0.0, 1.0 - tail, tail)
     return cdf, bell
 
@@ -103,19 +105,22 @@ def _mlp_forward_kernel(
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
-    offs_s = tl.program_id(0) % blocks_s * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_s = tl.program_id(0) % blocks_s * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     offs_o = tl.arange(0, BLOCK_O)
-    mask_s = offs_s < S
+    mask_s = start_s + offs_m < S
     mask_c = offs_c < C
     mask_o = offs_o < C_OUT
-    offs_x = (batch * S + offs_s)[:, None] * C + offs_c[None, :]
+    x_ptr += (batch * S + start_s) * C  # tiles of 64-bit offsets would cost two registers an element
+    offs_x = offs_m[:, None] * C + offs_c[None, :]
     x = tl.load(x_ptr + offs_x, mask=mask_s[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
     y = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
     for start in range(0, F, BLOCK_F):
@@ -137,12 +142,16 @@ def _mlp_forward_kernel(
     if HAS_BIAS:
         y += tl.load(bias2_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
     mask = mask_s[:, None] & mask_o[None, :]
-    offs_s = offs_s.to(tl.int64)
-    offs_o = offs_o.to(tl.int64)
+    if LARGE:
+        offs_m = offs_m.to(tl.int64)
+        offs_o = offs_o.to(tl.int64)
+    start_s = start_s.to(tl.int64)
     if HAS_RESIDUAL:
-        offs = batch * stride_residual_b + offs_s[:, None] * stride_residual_s + offs_o[None, :] * stride_residual_c
+        residual_ptr += batch * stride_residual_b + start_s * stride_residual_s
+        offs = offs_m[:, None] * stride_residual_s + offs_o[None, :] * stride_residual_c
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    offs = batch * stride_y_b + offs_s[:, None] * stride_y_s + offs_o[None, :] * stride_y_c
+    y_ptr += batch * stride_y_b + start_s * stride_y_s
+    offs = offs_m[:, None] * stride_y_s + offs_o[None, :] * stride_y_c
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -166,25 +175,31 @@ def _mlp_grad_x_kernel(
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
-    offs_s = tl.program_id(0) % blocks_s * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_s = tl.program_id(0) % blocks_s * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
     offs_o = tl.arange(0, BLOCK_O)
-    mask_s = offs_s < S
+    mask_s = start_s + offs_m < S
     mask_c = offs_c < C
     mask_o = offs_o < C_OUT
-    offs_x = (batch * S + offs_s)[:, None] * C + offs_c[None, :]
+    x_ptr += (batch * S + start_s) * C  # tiles of 64-bit offsets would cost two registers an element
+    offs_x = offs_m[:, None] * C + offs_c[None, :]
     mask_x = mask_s[:, None] & mask_c[None, :]
     x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_C]
-    offs_y = offs_s.to(tl.int64)[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
-    grad_y = tl.load(
-        grad_y_ptr + batch * stride_grad_y_b + offs_y, mask=mask_s[:, None] & mask_o[None, :], other=0.0
-    ).to(x.dtype)  # [BLOCK_M, BLOCK_O]
+    grad_y_ptr += batch * stride_grad_y_b + start_s.to(tl.int64) * stride_grad_y_s
+    if LARGE:
+        offs_y = offs_m[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
+    else:
+        offs_y = offs_m[:, None] * stride_grad_y_s + offs_o[None, :] * stride_grad_y_c
+    grad_y = tl.load(grad_y_ptr + offs_y, mask=mask_s[:, None] & mask_o[None, :], other=0.0)
+    grad_y = grad_y.to(x.dtype)  # [BLOCK_M, BLOCK_O]
     grad_x = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, F, BLOCK_F):
         offs_f = start + tl.arange(0, BLOCK_F)
@@ -207,6 +222,7 @@ def _mlp_grad_x_kernel(
         grad_x = _dot(grad_pre.to(x.dtype), weight1, grad_x)
         if ACTIVATION == "swiglu":
             grad_x = _dot(grad_up.to(x.dtype), weight3, grad_x)
+    grad_x_ptr += (batch * S + start_s) * C
     tl.store(grad_x_ptr + offs_x, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_x)
 
 
@@ -231,6 +247,7 @@ def _mlp_grad_weight_kernel(
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LARGE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -258,15 +275,20 @@ def _mlp_grad_weight_kernel(
         bias1 = tl.load(bias1_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
         grad_bias1 = tl.zeros([BLOCK_F], tl.float32)
         grad_bias2 = tl.zeros([BLOCK_O], tl.float32)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_x = offs_m[:, None] * C + offs_c[None, :]
+    if LARGE:
+        offs_y = offs_m[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
+    else:
+        offs_y = offs_m[:, None] * stride_grad_y_s + offs_o[None, :] * stride_grad_y_c
     for tile in range(tl.program_id(1), n_tiles, tl.num_programs(1)):
         batch = (tile // blocks_s).to(tl.int64)
-        offs_s = tile % blocks_s * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_s = offs_s < S
-        offs_x = (batch * S + offs_s)[:, None] * C + offs_c[None, :]
-        x = tl.load(x_ptr + offs_x, mask=mask_s[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
-        offs_y = offs_s.to(tl.int64)[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
-        mask_y = mask_s[:, None] & mask_o[None, :]
-        grad_y = tl.load(grad_y_ptr + batch * stride_grad_y_b + offs_y, mask=mask_y, other=0.0)
+        start_s = (tile % blocks_s).to(tl.int64) * BLOCK_M
+        mask_s = start_s + offs_m < S
+        x_tile_ptr = x_ptr + (batch * S + start_s) * C
+        x = tl.load(x_tile_ptr + offs_x, mask=mask_s[:, None] & mask_c[None, :], other=0.0)  # [BLOCK_M, BLOCK_C]
+        grad_y_tile_ptr = grad_y_ptr + batch * stride_grad_y_b + start_s * stride_grad_y_s
+        grad_y = tl.load(grad_y_tile_ptr + offs_y, mask=mask_s[:, None] & mask_o[None, :], other=0.0)
         if HAS_BIAS:
             grad_bias2 += tl.sum(grad_y.to(tl.float32), axis=0)
         grad_y = grad_y.to(x.dtype)  # [BLOCK_M, BLOCK_O]
@@ -299,41 +321,6 @@ def _mlp_grad_weight_kernel(
         tl.store(partial_ptr + offs_f, grad_bias1, mask=mask_f)
         if tl.program_id(0) == 0:  # every program of the slab has the same sum
             tl.store(partial_ptr + F + offs_o, grad_bias2, mask=mask_o)
-
-
-@triton.jit
-def _sum_rows_kernel(
-    partial_ptr,
-    out0_ptr,
-    out1_ptr,
-    out2_ptr,
-    out3_ptr,
-    rows,
-    END0: tl.constexpr,
-    END1: tl.constexpr,
-    END2: tl.constexpr,
-    END3: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Sums the rows of `partial`, in order, and stores the columns up to END0, END1, … in a tensor each."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_s = tl.arange(0, BLOCK_S)
-    total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
-    for start in range(0, rows, BLOCK_S):
-        offs = (start + offs_s).to(tl.int64)[:, None] * END3 + offs_n[None, :]
-        total += tl.load(partial_ptr + offs, mask=(start + offs_s < rows)[:, None] & (offs_n < END3)[None, :], other=0.0)
-    result = tl.sum(total, axis=0)
-    tl.store(out0_ptr + offs_n, result.to(out0_ptr.dtype.element_ty), mask=offs_n < END0)
-    if END1 > END0:
-        mask = (offs_n >= END0) & (offs_n < END1)
-        tl.store(out1_ptr + offs_n - END0, result.to(out1_ptr.dtype.element_ty), mask=mask)
-    if END2 > END1:
-        mask = (offs_n >= END1) & (offs_n < END2)
-        tl.store(out2_ptr + offs_n - END1, result.to(out2_ptr.dtype.element_ty), mask=mask)
-    if END3 > END2:
-        mask = (offs_n >= END2) & (offs_n < END3)
-        tl.store(out3_ptr + offs_n - END2, result.to(out3_ptr.dtype.element_ty), mask=mask)
 
 
 def fused_forward(
@@ -378,6 +365,7 @@ def fused_forward(
         EXACT=x.dtype == torch.float32,
         HAS_BIAS=bias1 is not None,
         HAS_RESIDUAL=residual is not None,
+        LARGE=max(c_out * y.stride(1), c_out * strides[1]) >= 2**31,
         **launch.keywords(),
     )
 
@@ -393,7 +381,7 @@ def fused_backward(
     grads: list[Tensor] | None,
     activation: str,
 ) -> None:
-    """Fills grad_x and grads: of weight1 and weight2, then weight3 if gated, or else bias1 and bias2; None: not wanted."""
+    """Fills grad_x and grads: of weight1, weight2, then of weight3 (gated) or bias1 and bias2. None: not wanted."""
     batch, c_out, positions = grad_y.shape
     channels, hidden = x.shape[1], weight1.shape[0]
     architecture = runtime.architecture(x.device)
@@ -414,6 +402,7 @@ def fused_backward(
         "ACTIVATION": activation,
         "EXACT": x.dtype == torch.float32,
         "HAS_BIAS": bias1 is not None,
+        "LARGE": c_out * grad_y.stride(1) >= 2**31,
     }
     gated = weight3 is not None
     if grad_x is not None:
@@ -429,16 +418,3 @@ def fused_backward(
             partial_ptr=partial, blocks_s=blocks_s, n_tiles=batch * blocks_s, **shared, **launch.keywords()
         )
         sum_rows(partial, grads)
-
-
-def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
-    """The sum of `partial` (rows, columns) over its rows, cut into 1 to 4 contiguous tensors."""
-    ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
-    launch = launch_table.sum_rows()
-    _sum_rows_kernel[(-(-ends[3] // launch["BLOCK_N"]),)](
-        partial_ptr=partial,
-        **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
-        rows=partial.shape[0],
-        **{f"END{i}": end for i, end in enumerate(ends)},
-        **launch.keywords(),
-    )

@@ -190,9 +190,7 @@ def test_infinity_stays_in_its_windows(name, device):
     touched[last] = 1.0
     with backend.use_backend("eager"):
         zeros = torch.zeros_like(tensors[2])
-        reach = depthwise_conv_layer_norm(
-            touched, tensors[1], zeros, torch.ones_like(zeros), zeros, **keywords
-        )
+        reach = depthwise_conv_layer_norm(touched, tensors[1], zeros, torch.ones_like(zeros), zeros, **keywords)
     outside = (reach == 0).all(-1)
     assert outside.any()
     assert torch.equal(got[outside], clean[outside])
@@ -301,5 +299,7 @@ def test_obstacles_are_named(device):
     with backend.use_backend("triton"):
         x = torch.randn(1, 4, 80, device=device)
         ones = torch.ones(4, device=device)
-        said = backend.explain(depthwise_conv_layer_norm, x, torch.randn(4, 1, 65, device=device), ones, ones, ones, stride=(1,))
+        said = backend.explain(
+            depthwise_conv_layer_norm, x, torch.randn(4, 1, 65, device=device), ones, ones, ones, stride=(1,)
+        )
     assert "eager" in said and "65" in said

@@ -33,9 +33,11 @@ def way(request, monkeypatch):
     from fastblocks.kernels import convnext_mlp as kernels
 
     if request.param == "fused":
-        monkeypatch.setattr(kernels, "_is_fused", lambda x, weight2, dtype: max(x.shape[-1], weight2.shape[0]) <= 128)
+        monkeypatch.setattr(
+            kernels, "_is_fused", lambda x, weight2, dtype, limit: max(x.shape[-1], weight2.shape[0]) <= limit
+        )
     else:
-        monkeypatch.setattr(kernels, "_is_fused", lambda x, weight2, dtype: False)
+        monkeypatch.setattr(kernels, "_is_fused", lambda x, weight2, dtype, limit: False)
     return request.param
 
 
