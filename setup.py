@@ -7,7 +7,15 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastblocks/__init__.py").read_text(), re.MULTILINE)[1]
 
 BENCH = ["rich>=13", "matplotlib>=3.8", "soundfile>=0.12"]
-TEST = [*BENCH, "pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.100", "librosa>=0.10", "ruff>=0.6"]
+TEST = [
+    *BENCH,
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3",
+    "hypothesis>=6.100",
+    "librosa>=0.10",
+    "ruff>=0.6",
+]
 
 setup(
     name="fastblocks-audio",  # `fastblocks` is another project's distribution name

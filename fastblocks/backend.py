@@ -21,6 +21,8 @@ from types import ModuleType
 
 import torch
 
+from fastblocks.eager._derivatives import in_function_transform
+
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -128,16 +130,6 @@ def _reason_against(operation: str, tensor: torch.Tensor, obstacle: Callable[[],
     if tensor.numel() == 0:
         return "the input is empty"
     return obstacle()
-
-
-def in_function_transform() -> bool:
-    """True inside `torch.func` transforms, which need formulas that they can see through."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def must_trace() -> bool:
-    """True where a formula has to stay plain PyTorch: function transforms, `torch.compile`, `torch.export`."""
-    return torch.compiler.is_compiling() or in_function_transform()
 
 
 @contextmanager

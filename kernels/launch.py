@@ -5,6 +5,7 @@ process compiles one configuration a kernel. `python -m benchmarks tune OP` meas
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,83 @@ def config(num_warps: int, num_stages: int = 1, **blocks: int) -> LaunchConfig:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A kernel as a standard workload compiles it, for `python -m benchmarks compile`."""
+    """A kernel as a standard workload launches it, for compiling ahead of time."""
 
     label: str
-    kernel: object
+    kernel: object  # the @triton.jit function
     signature: dict[str, str]
     constants: dict[str, object]
     config: LaunchConfig
+
+
+# Recurrences. `units` is the tile's width, a power of two from 16 on; `fused` says that the input's projection and all
+# gradients are made inside the time loop. Nothing here was timed: every entry is a prediction, made from the code that
+# Triton 3.7 emits for sm_90 (GRU, bfloat16), by the rule that a lone program waits for its own chain of instructions.
+#
+# Products of 16 bits run transposed, weights · h with the batch in columns: an instruction takes 8 columns, so 8 rows
+# of batch halve the work on the chain (units 16: 12 MUFU and 110 instructions a step; 16 rows of batch in rows: 24 and
+# 166), twice as many programs fill twice as many multiprocessors, and at one warp h reaches its next product by two
+# shuffles, without shared memory. A warp takes 16 units of a gate, so the layouts of sums, gates and state agree.
+RECURRENT_FORWARD = {
+    16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
+    32: config(1, 3, BLOCK_B=8, TRANSPOSED=1),  # 80 registers; a second warp would need a barrier a step
+    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program a multiprocessor
+}
+RECURRENT_BACKWARD = {
+    16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
+    32: config(2, 3, BLOCK_B=8, TRANSPOSED=1),
+    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),
+}
+# By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
+RECURRENT_BACKWARD_FUSED = {
+    (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers, two groups of 8 units 254
+    (16, True): config(2, 2, BLOCK_B=16, TRANSPOSED=1),  # at one warp two groups of 8 units spill
+    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would repeat two others
+    (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0),
+}
+# Honest float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed
+# they take a third to a quarter of the loads. Warps are as many as keep the sums in registers.
+RECURRENT_FLOAT32 = {
+    16: config(4, 2, BLOCK_B=8, TRANSPOSED=0),  # one warp spills with two groups of 16 inputs
+    32: config(4, 2, BLOCK_B=8, TRANSPOSED=0),
+    64: config(8, 2, BLOCK_B=8, TRANSPOSED=0),
+}
+RECURRENT_FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers
+
+
+def recurrent(units: int, lstm: bool, backward: bool, fused: bool, float32: bool) -> LaunchConfig:
+    """A time loop's configuration."""
+    if float32:
+        return (RECURRENT_FLOAT32_BACKWARD_FUSED if backward and fused else RECURRENT_FLOAT32)[units]
+    if backward:
+        return RECURRENT_BACKWARD_FUSED[units, lstm] if fused else RECURRENT_BACKWARD[units]
+    return RECURRENT_FORWARD[units]
+
+
+def recurrent_largest(architecture: str, float32: bool) -> int:
+    """The largest hidden size whose recurrent weights (LSTM, bytes: 4 · H² · 2 or 4) stay in shared memory.
+
+    163 KB on sm_80, 227 KB from sm_90 on, 99 KB on the consumers' sm_86, sm_89 and sm_120, 64 KB on gfx942.
+    """
+    if architecture.startswith("gfx"):
+        return 32 if float32 else 64
+    return 64 if float32 or architecture in ("sm_86", "sm_89", "sm_120") else 128
+
+
+# Gradients of the weights as one long product: 64 × 64 results a program keep 4 warps' sums in 32 registers.
+RECURRENT_WEIGHTS = config(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)
+
+
+# ---- ConvNeXt --------------------------------------------------------------------------------------------------------
 
 
 def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+@cache
 def depthwise_conv(
     architecture: str,
     multiprocessors: int,
@@ -78,6 +143,7 @@ def depthwise_conv(
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
 
 
+@cache
 def norm_backward(architecture: str, multiprocessors: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
     """LN's gradient and how many programs share the rows.
 
@@ -91,6 +157,7 @@ def norm_backward(architecture: str, multiprocessors: int, *, channels: int, row
     return config(warps, BLOCK_C=block_c, BLOCK_M=block_m), programs
 
 
+@cache
 def grad_weight(
     architecture: str,
     multiprocessors: int,
@@ -119,16 +186,19 @@ def grad_weight(
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
 
 
+@cache
 def sum_slabs(channels: int) -> LaunchConfig:
     """Second stage of sums over positions: 32 slabs a step, whole sectors of channels."""
     return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, _power_of_two(channels))))
 
 
+@cache
 def sum_rows() -> LaunchConfig:
     """Second stage of sums: 32 rows × 128 columns a step, 32 loads of a thread in flight."""
     return config(4, BLOCK_S=32, BLOCK_N=128)
 
 
+@cache
 def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int, gated: bool) -> LaunchConfig:
     """The fused MLP: the largest tiles that spill on neither sm_80 nor sm_90 (64 and 128 channels, 16 bits).
 
@@ -147,11 +217,13 @@ def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int,
     return config(4, 1, BLOCK_M=32, BLOCK_F=32, **blocks)
 
 
+@cache
 def transposing(channels: int) -> LaunchConfig:
     """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both."""
     return config(8, BLOCK_S=64, BLOCK_C=min(64, max(16, _power_of_two(channels))))
 
 
+@cache
 def pointwise(columns: int) -> LaunchConfig:
     """Rows of hidden units with a sum a column: 8 elements a thread and tensor, 128 columns for whole 16-byte loads."""
     return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, _power_of_two(columns))))

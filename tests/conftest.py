@@ -11,6 +11,9 @@ import pytest
 
 from fastblocks import backend
 
+# Small shapes: threads of one test only get in the way of those of the next worker.
+torch.set_num_threads(1)
+
 
 @pytest.fixture
 def device() -> torch.device:

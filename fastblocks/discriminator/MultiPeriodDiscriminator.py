@@ -23,6 +23,7 @@ class PeriodDiscriminator(nn.Module):
         if period < 1:
             raise ValueError(f"periods must be positive, got {period}")
         self.period = period
+        self.shortest_clip = period // 2 + 1  # a reflect pad must be shorter than the clip
         widths = (nch, 32, 128, 512, 1024, 1024)
         self.layers = nn.ModuleList(
             ConvLayer(Conv2d(a, b, (5, 1), stride=(3, 1), padding=(2, 0)), norm) for a, b in pairwise(widths)
@@ -30,13 +31,7 @@ class PeriodDiscriminator(nn.Module):
         self.output_conv = ConvLayer(Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)), norm, activate=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        length, missing = x.shape[-1], -x.shape[-1] % self.period
-        if missing >= length:
-            shortest = next(n for n in range(length + 1, length + self.period + 1) if -n % self.period < n)
-            raise ValueError(
-                f"{length} samples are too short to be padded to a multiple of the period {self.period}: "
-                f"the shortest clip that works has {shortest}"
-            )
+        missing = -x.shape[-1] % self.period
         if missing:
             x = F.pad(x, (0, missing), "reflect")
         fmap: list[Tensor] = []

@@ -25,6 +25,8 @@ class ScaleDiscriminator(nn.Module):
         if downsample_rate < 1:
             raise ValueError(f"downsample_rates must be at least 1, got {downsample_rate}")
         self.downsample_rate = downsample_rate
+        # interpolation gives floor(T · (1 / rate)) samples, and needs one
+        self.shortest_clip = next(n for n in range(1, int(downsample_rate) + 2) if int(n * (1 / downsample_rate)))
         self.layers = nn.ModuleList()
         for width, kernel, stride, groups in _LAYERS:
             conv = Conv1d(nch, width, kernel, stride=stride, padding=kernel // 2, groups=groups)
@@ -34,15 +36,7 @@ class ScaleDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.downsample_rate > 1:
-            shortest = next(n for n in range(1, int(self.downsample_rate) + 2) if int(n / self.downsample_rate) >= 1)
-            if x.shape[-1] < shortest:
-                raise ValueError(
-                    f"{x.shape[-1]} samples are too short to be resampled by 1/{self.downsample_rate}: "
-                    f"the shortest clip that works has {shortest}"
-                )
             x = F.interpolate(x, scale_factor=1 / self.downsample_rate, mode="linear", align_corners=False)
-        elif x.shape[-1] < 1:
-            raise ValueError(f"{x.shape[-1]} samples are too short: the shortest clip that works has 1")
         fmap: list[Tensor] = []
         return self.output_conv(run_layers(self.layers, x, fmap)), fmap
 

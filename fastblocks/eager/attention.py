@@ -4,19 +4,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastblocks.eager._derivatives import by_formula, must_trace
+
+# Queries of a block see block + 2 · reach keys, so larger blocks waste more of them and smaller ones leave the products
+# small. On a CPU (2 cores, D 32, reach 32, forward + backward): 32 queries 78 ms, 64 55 ms, 128 59 ms, 256 86 ms.
+_MIN_BLOCK, _MAX_BLOCK = 64, 512
+
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate the channel pairs of x (B, T, …, D) by the angles of rope (T, D/2, 2)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope.to(wide).reshape(rope.shape[0], *(1,) * (x.dim() - 3), -1, 2).unbind(-1)
-    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    rope = rope.to(wide).reshape(rope.shape[0], *(1,) * (x.dim() - 3), -1, 2)
+    pairs = x.to(wide).unflatten(-1, (-1, 2))
+    if must_trace() or not _viewable_as_complex(pairs):
+        cos, sin = rope.unbind(-1)
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one pass instead of seven: on a CPU 1.6 ms instead of 23 at (64, 282, 2, 4, 32)
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def _viewable_as_complex(pairs: Tensor) -> bool:
+    return pairs.stride(-1) == 1 and all(s % 2 == 0 for s in pairs.stride()[:-1]) and pairs.storage_offset() % 2 == 0
 
 
 def _heads(qkv: Tensor, rope: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, 3C) -> rotated q, rotated k, v, each (B, H, T, D)."""
-    q, k, v = qkv.unflatten(-1, (3, n_head, -1)).unbind(2)
-    return rotate(q, rope).transpose(1, 2), rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
+    qk, v = qkv.unflatten(-1, (3, n_head, -1)).split((2, 1), dim=2)
+    q, k = rotate(qk, rope).unbind(2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.squeeze(2).transpose(1, 2)
 
 
 def _merge(y: Tensor) -> Tensor:
@@ -31,7 +48,7 @@ def rope_attention(
     q, k, v = _heads(qkv, rope[registers : registers + length], n_head)
     q_r = k_r = v_r = None
     if registers:
-        q_r, k_r, v_r = _heads(register_qkv.expand(batch, -1, -1), rope[:registers], n_head)
+        q_r, k_r, v_r = (t.expand(batch, -1, -1, -1) for t in _heads(register_qkv, rope[:registers], n_head))
     if window == -1:
         y = _full(q, k, v, k_r, v_r)
     else:
@@ -44,27 +61,67 @@ def rope_attention(
 def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None) -> Tensor:
     if k_r is not None:
         k, v = torch.cat((k_r, k), 2), torch.cat((v_r, v), 2)
-    return F.scaled_dot_product_attention(q, k, v)
+    return _attend(q, k, v, None)
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, reach: int) -> Tensor:
-    batch, heads, length, dim = q.shape
-    block = max(32, min(reach, 256))
+    """Blocks of queries, each against its own stretch of keys and the registers."""
+    batch, heads, length, _ = q.shape
+    block = min(max(_MIN_BLOCK, reach), _MAX_BLOCK, length)
     blocks = -(-length // block)
     tail = blocks * block - length
     span = block + 2 * reach
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
-    k, v = (
-        F.pad(t, (0, 0, reach, reach + tail)).unfold(2, span, block).transpose(-1, -2) for t in (k, v)
-    )  # (B, H, blocks, span, D)
+    k = _stretches(k, reach, tail, span, block, k_r)
+    v = _stretches(v, reach, tail, span, block, v_r)
     offs_q = torch.arange(block, device=q.device)[:, None]
-    offs_k = torch.arange(span, device=q.device)[None, :] - reach
+    offs_k = torch.arange(span, device=q.device) - reach
     start = torch.arange(blocks, device=q.device)[:, None, None] * block
     seen = ((offs_q - offs_k).abs() <= reach) & (start + offs_k >= 0) & (start + offs_k < length)
+    seen = seen | (start + offs_q >= length)  # rows past the end are cut off; let them see, or they are NaN
     if k_r is not None:
-        k = torch.cat((k_r.unsqueeze(2).expand(-1, -1, blocks, -1, -1), k), 3)
-        v = torch.cat((v_r.unsqueeze(2).expand(-1, -1, blocks, -1, -1), v), 3)
-        seen = torch.cat((seen.new_ones(blocks, block, k_r.shape[2]), seen), 2)
-    seen = seen | (seen.sum(-1, keepdim=True) == 0)  # rows past the end see anything: no NaN, and they are cut off
-    y = F.scaled_dot_product_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), attn_mask=seen)
+        seen = F.pad(seen, (k_r.shape[2], 0), value=True)
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))[None]
+    y = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias)
     return y.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
+
+
+def _stretches(x: Tensor, reach: int, tail: int, span: int, block: int, registers: Tensor | None) -> Tensor:
+    """(B, H, T, D) -> (B, H, blocks, R + span, D): the registers, then the tokens from `reach` before each block."""
+    x = F.pad(x, (0, 0, reach, reach + tail)).unfold(2, span, block).transpose(-1, -2)
+    if registers is None:
+        return x
+    return torch.cat((registers.unsqueeze(2).expand(-1, -1, x.shape[2], -1, -1), x), 3)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / sqrt(D) + bias) v."""
+    if q.is_cpu and q.dtype != torch.float64 and q.numel() and not must_trace():
+        return _CPUAttention.apply(q, k, v, bias)
+    if q.dtype == torch.float64 or must_trace():
+        return _attention_formula(q, k, v, bias)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _attention_formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ v
+
+
+class _CPUAttention(torch.autograd.Function):
+    """PyTorch's flash attention on the CPU, which has no second derivative of its own."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+        ctx.save_for_backward(q, k, v, bias, y, logsumexp)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, y, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *by_formula(lambda *qkv: _attention_formula(*qkv, bias), (q, k, v), grad_y), None
+        return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_y, q, k, v, y, logsumexp, 0.0, False, attn_mask=bias
+        ), None

@@ -1,5 +1,7 @@
 """A block of grouped recurrent networks and SwiGLU, each behind an RMSNorm."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,11 +11,32 @@ from fastblocks.generator._layers import RMSNorm, SwiGLU, require_channels_last_
 State = Tensor | tuple[Tensor, Tensor]
 
 
+class GroupParameters(nn.Module):
+    """The weights of one group, named and initialised like those of torch.nn.GRU or torch.nn.LSTM without biases.
+
+    Args:
+        gates: 3 for a GRU, 4 for an LSTM.
+        width: channels of the group.
+        hidden: H, the hidden size.
+        n_layer: how many layers.
+        bidirectional: weights for both directions; layers above the first read both.
+    """
+
+    def __init__(self, gates: int, width: int, hidden: int, n_layer: int, bidirectional: bool):
+        super().__init__()
+        bound = 1 / math.sqrt(hidden)
+        for layer in range(n_layer):
+            for suffix in ("", "_reverse") if bidirectional else ("",):
+                for name, columns in (("weight_ih", width), ("weight_hh", hidden)):
+                    weight = nn.Parameter(torch.empty(gates * hidden, columns).uniform_(-bound, bound))
+                    self.register_parameter(f"{name}_l{layer}{suffix}", weight)
+
+
 class GroupedRNN(nn.Module):
     """G independent GRUs or LSTMs, each on its C / G consecutive channels: (B, T, C) -> (B, T, C), no biases.
 
-    The parameters are those of G modules torch.nn.GRU or torch.nn.LSTM (`rnns.{g}.weight_ih_l{k}`, …), each with a
-    hidden size of C / G, or C / G / 2 per direction. Layers never mix groups.
+    The parameters are named as those of G modules torch.nn.GRU or torch.nn.LSTM (`rnns.{g}.weight_ih_l{k}`, …), each
+    with a hidden size of C / G, or C / G / 2 per direction. Layers never mix groups.
 
     Args:
         n_embd: C, the channels.
@@ -28,9 +51,9 @@ class GroupedRNN(nn.Module):
 
     def __init__(self, n_embd: int, n_layer: int, n_groups: int, rnn_type: str = "gru", bidirectional: bool = False):
         super().__init__()
-        kinds = {"gru": nn.GRU, "lstm": nn.LSTM}
+        gates = {"gru": 3, "lstm": 4}
         self.rnn_type = str(rnn_type).lower()
-        if self.rnn_type not in kinds:
+        if self.rnn_type not in gates:
             raise ValueError(f"rnn_type must be 'gru' or 'lstm', got {rnn_type!r}")
         if n_groups < 1 or n_embd % n_groups:
             raise ValueError(f"n_embd must be divisible by n_groups, got n_embd={n_embd} and n_groups={n_groups}")
@@ -45,8 +68,7 @@ class GroupedRNN(nn.Module):
         self.n_embd, self.n_layer, self.bidirectional = n_embd, n_layer, bidirectional
         hidden = width // 2 if bidirectional else width
         self.rnns = nn.ModuleList(
-            kinds[self.rnn_type](width, hidden, n_layer, bias=False, batch_first=True, bidirectional=bidirectional)
-            for _ in range(n_groups)
+            GroupParameters(gates[self.rnn_type], width, hidden, n_layer, bidirectional) for _ in range(n_groups)
         )
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False) -> Tensor | tuple:

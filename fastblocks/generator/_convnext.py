@@ -113,7 +113,8 @@ class ConvNeXtBlock(nn.Module):
         if x.dim() != self.spatial + 2 or x.shape[1] != self.input_dim:
             sizes = ("L",) if self.spatial == 1 else ("H", "W")
             raise ValueError(
-                f"{type(self).__name__} needs x of shape (B, {self.input_dim}, {', '.join(sizes)}), got {tuple(x.shape)}"
+                f"{type(self).__name__} needs x of shape (B, {self.input_dim}, {', '.join(sizes)}), "
+                f"got {tuple(x.shape)}"
             )
         if isinstance(original_shape, int):
             original_shape = (original_shape,)

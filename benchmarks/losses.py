@@ -1,0 +1,48 @@
+"""What the training minimizes. Waveforms are (B, samples)."""
+
+import torch
+from torch import Tensor
+
+STFT_SIZES = (2048, 512, 128)  # samples; hop a quarter
+EPSILON = 1e-5
+
+
+def waveform_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error, relative to the target's own mean level, so that soft crops count as much as loud ones."""
+    return ((estimate - target).abs().mean(-1) / (target.abs().mean(-1) + 1e-3)).mean()
+
+
+def spectral_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """Multi-resolution STFT loss: spectral convergence plus mean absolute error of log magnitudes.
+
+    Source: Yamamoto et al., "Parallel WaveGAN", 2020.
+    """
+    total = estimate.new_zeros(())
+    for n_fft in STFT_SIZES:
+        window = torch.hann_window(n_fft, device=estimate.device)
+        magnitudes = []
+        for waveform in (estimate, target):
+            spectrum = torch.stft(waveform.float(), n_fft, n_fft // 4, window=window, return_complex=True)
+            magnitudes.append((torch.view_as_real(spectrum).square().sum(-1) + EPSILON**2).sqrt())
+        got, want = magnitudes
+        convergence = torch.linalg.vector_norm(got - want, dim=(1, 2)) / (
+            torch.linalg.vector_norm(want, dim=(1, 2)) + 1e-3
+        )
+        total = total + convergence.mean() + 0.3 * (got.add(1e-3).log() - want.add(1e-3).log()).abs().mean()
+    return total / len(STFT_SIZES)
+
+
+def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
+    """Least squares (Mao et al., "LSGAN", 2017): real scores toward 1, fake scores toward 0."""
+    return sum((1 - r).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)) / len(real)
+
+
+def adversarial_loss(fake: list[Tensor]) -> Tensor:
+    """Least squares: the generator wants fake scores of 1."""
+    return sum((1 - f).square().mean() for f in fake) / len(fake)
+
+
+def feature_loss(real: list, fake: list) -> Tensor:
+    """Feature matching (Kumar et al., "MelGAN", 2019): mean absolute difference, relative to the real maps' level."""
+    pairs = [(r.detach(), f) for rs, fs in zip(real, fake, strict=True) for r, f in zip(rs, fs, strict=True)]
+    return sum((r - f).abs().mean() / (r.abs().mean() + EPSILON) for r, f in pairs) / len(pairs)

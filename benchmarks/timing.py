@@ -1,0 +1,80 @@
+"""Time and memory of two or more providers, sample by sample in turn."""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import quantiles
+
+import torch
+
+Run = Callable[[], object]
+MAX_SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every sample."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """Lower quartile, median, upper quartile."""
+        if len(self.samples) == 1:
+            return (self.samples[0],) * 3
+        return tuple(quantiles(self.samples, n=4, method="inclusive"))
+
+    @property
+    def median(self) -> float:
+        return self.quartiles[1]
+
+
+def interleaved(runs: dict[str, Run], seconds: float, least: int = 2, sync: Run = lambda: None) -> dict[str, Timing]:
+    """Time runs in turn, A B A B …: whatever slows the machine down for a while slows all of them.
+
+    Args:
+        runs: name -> what to time; each has run before.
+        seconds: to spend; at least `least` samples are taken of each.
+        least: samples.
+        sync: waits until the device is done.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for count in range(MAX_SAMPLES):
+            if count >= least and time.perf_counter() - start > seconds:
+                break
+            for name, run in runs.items():
+                sync()
+                before = time.perf_counter()
+                run()
+                sync()
+                samples[name].append(time.perf_counter() - before)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The most bytes of tensors that are alive at one time during `run`, beyond those that were there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # PyTorch's CPU allocator keeps no peak; its profiler reports every allocation and release in order
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    del result
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    current = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        current += event.nbytes()
+        peak = max(peak, current)
+    return peak

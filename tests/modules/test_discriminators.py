@@ -1,0 +1,349 @@
+"""The four discriminators: numbers, feature maps, spectral norm, short clips, dtypes, copies."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+import fastblocks
+from tests.compare import assert_close, relative_error
+from tests.modules.harness import EXACT, check, check_low_precision, randomized, state_of, tensors
+from tests.reference import discriminators as reference
+
+MultiPeriod, MultiScale = fastblocks.MultiPeriodDiscriminator, fastblocks.MultiScaleDiscriminator
+MultiResolution, MultiFrequency = fastblocks.MultiResolutionDiscriminator, fastblocks.MultiFrequencyDiscriminator
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable
+    shape: tuple[int, int, int]
+    reference: Callable
+    fmaps: tuple[int, ...]  # how many a sub-discriminator
+    terms: int
+
+    def module(self, **options):
+        return settled(randomized(self.make(**options)))
+
+    def clip(self):
+        return torch.randn(self.shape)
+
+
+CASES = [
+    Case(
+        "period",
+        partial(MultiPeriod, periods=[3]),
+        (1, 1, 200),
+        partial(reference.multi_period, periods=[3]),
+        (5,),
+        5120,
+    ),
+    Case(
+        "scale",
+        partial(MultiScale, 44100, [1, 4], nch=2),
+        (1, 2, 600),
+        partial(reference.multi_scale, downsample_rates=[1, 4]),
+        (6, 6),
+        5120,
+    ),
+    Case(
+        "resolution",
+        partial(MultiResolution, 2, window_lengths=[64, 50], hidden_channels=4),
+        (2, 2, 200),
+        partial(reference.multi_resolution, window_lengths=[64, 50]),
+        (25, 25),
+        2000,
+    ),
+    Case(
+        "resolution-bands",
+        partial(MultiResolution, window_lengths=[64], hop_factor=0.3, bands=[(0, 0.3), (0.2, 1)], hidden_channels=4),
+        (2, 1, 200),
+        partial(reference.multi_resolution, window_lengths=[64], hop_factor=0.3, bands=[(0, 0.3), (0.2, 1)]),
+        (10,),
+        2000,
+    ),
+    Case(
+        "frequency",
+        partial(MultiFrequency, 2, [64, 32], hidden_channels=2, sample_rate=44100),
+        (2, 2, 300),
+        partial(reference.multi_frequency, window_sizes=[64, 32], sample_rate=44100),
+        (6, 6),
+        2000,
+    ),
+]
+
+
+def normed_convolutions(module):
+    return [child for child in module.modules() if "weight_orig" in dict(child.named_parameters(recurse=False))]
+
+
+def settled(module):
+    """With singular vectors that belong to the weights: a norm of random ones is a sum that cancels."""
+    for conv in normed_convolutions(module):
+        for _ in range(3):
+            u, v = reference.power_iteration(conv.weight_orig, conv.weight_u)
+            conv.weight_u.copy_(u)
+            conv.weight_v.copy_(v)
+    return module
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+small_cases = pytest.mark.parametrize("case", CASES[2:], ids=lambda case: case.name)
+
+
+@every_case
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_and_every_gradient(case, norm, training):
+    module = case.module(norm=norm).train(training)
+    check(module, partial(case.reference, training=training), case.clip(), terms=case.terms)
+
+
+@small_cases
+@pytest.mark.parametrize("training", [True, False])
+def test_in_float64(case, training):
+    module = case.module().double().train(training)
+    check(module, partial(case.reference, training=training), case.clip().double(), terms=1)
+
+
+def test_periods_that_need_padding():
+    """Of 7 samples a period of 7 needs none, of 5 three, and reflection takes them from before the last sample."""
+    periods = [7, 5]
+    module = randomized(MultiPeriod(periods=periods, norm=False))
+    check(module, partial(reference.multi_period, periods=periods), torch.randn(1, 1, 7), terms=5120)
+
+
+@every_case
+def test_order_of_feature_maps(case):
+    module, clip = case.module().eval(), case.clip()
+    scores, fmaps = module(clip)
+    assert isinstance(scores, list) and isinstance(fmaps, list)
+    assert tuple(map(len, fmaps)) == case.fmaps and len(scores) == len(case.fmaps)
+    want_scores, want_fmaps = case.reference(state_of(module), clip.double())
+    for got, want in zip(tensors((scores, fmaps)), tensors((want_scores, want_fmaps)), strict=True):
+        assert got.shape == want.shape
+        assert_close(got, want, case.terms)
+
+
+@every_case
+def test_keys(case):
+    """Spectral norm's three entries a normed convolution, one weight otherwise, and a bias always."""
+    normed, plain = case.make(), case.make(norm=False)
+    convolutions = {name.removesuffix(".bias") for name in plain.state_dict() if name.endswith(".bias")}
+    assert set(plain.state_dict()) == {f"{name}.{leaf}" for name in convolutions for leaf in ("weight", "bias")}
+    free = {name for name in convolutions if name.endswith("output_conv")}  # not behind a `.conv`: never normed
+    assert bool(free) == case.name.startswith("frequency")
+    want = {f"{name}.{leaf}" for name in free for leaf in ("weight", "bias")}
+    want |= {
+        f"{name}.{leaf}" for name in convolutions - free for leaf in ("weight_orig", "weight_u", "weight_v", "bias")
+    }
+    assert set(normed.state_dict()) == want
+    inner = "band_discriminators.0.0.conv" if case.name.startswith("resolution") else "layers.0.conv"
+    assert f"discriminators.0.{inner}" in convolutions
+
+
+@small_cases
+def test_spectral_norm_is_torchs_over_several_steps(case):
+    module, clip = case.module(), case.clip()
+    ours = normed_convolutions(module)
+    theirs = []
+    for conv in ours:
+        kind = torch.nn.Conv1d if conv.weight_orig.dim() == 3 else torch.nn.Conv2d
+        twin = torch.nn.utils.spectral_norm(kind(conv.in_channels, conv.out_channels, conv.kernel_size))
+        twin.load_state_dict(conv.state_dict())
+        theirs.append(twin)
+    for step in range(4):
+        module(clip)
+        for conv, twin in zip(ours, theirs, strict=True):
+            twin(torch.zeros(1, conv.in_channels, *conv.kernel_size))
+            for name in ("weight_u", "weight_v"):
+                assert_close(
+                    getattr(conv, name), getattr(twin, name), conv.weight_v.numel(), f"{name} after step {step}"
+                )
+            with torch.no_grad():  # an optimizer's step
+                change = 0.1 * torch.randn_like(conv.weight_orig)
+                conv.weight_orig += change
+                twin.weight_orig += change
+
+
+@every_case
+def test_power_iteration_in_training_only(case):
+    module, clip = case.module(), case.clip()
+    before = [conv.weight_u.clone() for conv in normed_convolutions(module)]
+    module.eval()(clip)
+    assert all(torch.equal(conv.weight_u, u) for conv, u in zip(normed_convolutions(module), before, strict=True))
+    module.train()(clip)
+    moved = [not torch.equal(conv.weight_u, u) for conv, u in zip(normed_convolutions(module), before, strict=True)]
+    assert all(m for m, u in zip(moved, before, strict=True) if u.numel() > 1)
+
+
+@small_cases
+def test_two_forwards_before_a_backward(case):
+    """Real and fake in one step: the second power iteration must not spoil the first graph."""
+    module, clips = case.module().double(), [case.clip().double() for _ in range(2)]
+    twin = copy.deepcopy(module)
+    loss = sum(score.square().mean() for clip in clips for score in module(clip)[0])
+    got = torch.autograd.grad(loss, list(module.parameters()))
+    want = [torch.zeros_like(p) for p in module.parameters()]
+    for clip in clips:
+        part = sum(score.square().mean() for score in twin(clip)[0])
+        want = [w + g for w, g in zip(want, torch.autograd.grad(part, list(twin.parameters())), strict=True)]
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < EXACT
+
+
+@every_case
+@pytest.mark.parametrize("training", [True, False])
+def test_copies_after_a_forward(case, training):
+    module, clip = case.module().train(training), case.clip()
+    module(clip)[0][0].sum().backward()
+    saved = io.BytesIO()
+    torch.save(module, saved)
+    saved.seek(0)
+    twins = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)]
+    want = list(tensors(module.eval()(clip)))
+    for twin in twins:
+        assert twin.training == training
+        for got, expected in zip(tensors(twin.eval()(clip)), want, strict=True):
+            assert torch.equal(got, expected)
+        assert twin.state_dict().keys() == module.state_dict().keys()
+
+
+@every_case
+def test_a_copy_learns_by_itself(case):
+    module, clip = case.module(), case.clip()
+    module(clip)
+    twin = copy.deepcopy(module)
+    twin(clip)[0][0].sum().backward()
+    assert all(p.grad is None for p in module.parameters())
+    want = module.eval()(clip)[0][0]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.normal_()
+    twin(clip)
+    assert torch.equal(module(clip)[0][0], want)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_module(case, dtype):
+    module = case.module().eval().to(dtype)
+    clip = case.clip().to(dtype)
+    assert {out.dtype for out in tensors(module(clip))} == {dtype}
+    check_low_precision(module, case.reference, clip, dtype=dtype, layers=7)
+
+
+@every_case
+def test_cpu_autocast(case):
+    module, clip = case.module().eval().bfloat16().float(), case.clip().bfloat16().float()
+
+    def call(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x)
+
+    check_low_precision(module, case.reference, clip, dtype=torch.bfloat16, call=call, layers=7)
+
+
+def test_quiet_clips_in_half_precision():
+    """The energy of a clip of 1e-4 is far below float16's smallest number; it is summed in float32."""
+    module = settled(randomized(MultiFrequency(1, [64], hidden_channels=2))).eval()
+    clip = (1e-4 * torch.randn(1, 1, 300)).half()
+    want = module(clip.float())[0][0]
+    got = module.half()(clip)[0][0]
+    assert (
+        relative_error(got, want) < 64 * torch.finfo(torch.float16).eps
+    )  # seven layers, eight roundings of a bit each
+
+
+def test_loudness_does_not_matter_to_the_frequency_discriminator():
+    module = settled(randomized(MultiFrequency(2, [64], hidden_channels=2))).eval().double()
+    clip = torch.randn(1, 2, 300, dtype=torch.float64)
+    assert relative_error(module(100 * clip)[0][0], module(clip)[0][0]) < 1e-8  # the eps is 1e-7 of an energy of 600
+    assert all(out.isfinite().all() for out in tensors(module(0 * clip)))
+
+
+SHORTEST = [
+    ("periods", lambda: MultiPeriod(), 1, 6),  # 5 more are needed for the period of 11
+    ("one period", lambda: MultiPeriod(periods=[4]), 1, 3),
+    ("rates", lambda: MultiScale(48000), 1, 4),
+    ("rate 1", lambda: MultiScale(48000, [1]), 1, 1),
+    ("windows", lambda: MultiResolution(window_lengths=[64, 128], hidden_channels=2), 1, 65),
+    ("odd window", lambda: MultiResolution(window_lengths=[65], hidden_channels=2), 1, 33),
+    ("frequency", lambda: MultiFrequency(2, [64, 256, 32], hidden_channels=2), 2, 129),
+]
+
+
+@pytest.mark.parametrize("make, nch, shortest", [case[1:] for case in SHORTEST], ids=[case[0] for case in SHORTEST])
+def test_shortest_clip(make, nch, shortest):
+    module = make()
+    for out in tensors(module(torch.randn(1, nch, shortest))):
+        assert out.isfinite().all()
+    for length in {1, shortest // 2, shortest - 1} - {0, shortest}:
+        with pytest.raises(ValueError, match=rf"\b{length}\b.*\b{shortest}\b"):
+            module(torch.randn(1, nch, length))
+    with pytest.raises(ValueError, match=rf"\b0\b.*\b{shortest}\b"):
+        module(torch.randn(1, nch, 0))
+
+
+@small_cases
+def test_layout_of_the_clip(case):
+    module, clip = case.module().eval(), case.clip()
+    want = module(clip)[0]
+    for unusual in (
+        clip.mT.contiguous().mT,
+        torch.stack((clip, clip), -1)[..., 0],
+        torch.cat((clip, clip), -1)[..., : clip.shape[-1]],
+    ):
+        for got, expected in zip(module(unusual)[0], want, strict=True):
+            assert_close(got, expected, case.terms)
+
+
+@every_case
+def test_empty_batch(case):
+    module = case.module().eval()
+    clip = torch.zeros(0, *case.shape[1:], requires_grad=True)
+    outputs = list(tensors(module(clip)))
+    assert all(len(out) == 0 for out in outputs)
+    sum(out.sum() for out in outputs).backward()
+    assert clip.grad.shape == clip.shape
+
+
+@small_cases
+def test_gradient_penalty(case):
+    module = case.module(norm=False).double()
+    clip = case.clip()[:1].double().requires_grad_()
+
+    def slope(x):
+        return torch.autograd.grad(sum(score.sum() for score in module(x)[0]), x, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(lambda x: slope(x).square().sum(), clip, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=lambda case: case.name)
+def test_compiles_without_a_graph_break(case):
+    torch.compiler.reset()
+    module, clip = case.module().eval(), case.clip()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for got, want in zip(tensors(compiled(clip)), tensors(module(clip)), strict=True):
+        assert_close(got, want, case.terms)
+
+
+@small_cases
+def test_vmap_is_a_loop(case):
+    module, clips = case.module().eval(), torch.randn(2, *case.shape)
+    together = torch.func.vmap(lambda clip: module(clip)[0])(clips)
+    for i, clip in enumerate(clips):
+        for got, want in zip(together, module(clip)[0], strict=True):
+            assert_close(got[i], want, case.terms)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 400), (1, 400)])
+def test_audio_of_another_shape(shape):
+    with pytest.raises(ValueError, match="2"):
+        MultiFrequency(2, [64])(torch.zeros(shape))
