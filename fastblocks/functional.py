@@ -403,10 +403,17 @@ def depthwise_conv_layer_norm(
         lambda: f"{name}: stride must be {spatial} positive numbers, got {stride}",
     )
     sizes = conv_output_size(_shape(x)[2:], stride, transposed, output_size)
-    backend.decide(name, x)
-    return eager_convnext.depthwise_conv_layer_norm(
-        x, weight, bias, norm_weight, norm_bias, tuple(stride), transposed, sizes, eps
-    )
+
+    def obstacle() -> str:
+        from fastblocks.kernels.depthwise_conv_layer_norm import obstacle
+
+        return obstacle(x, weight, bias, norm_weight, norm_bias)
+
+    if backend.decide(name, x, obstacle):
+        from fastblocks.kernels.depthwise_conv_layer_norm import depthwise_conv_layer_norm as run
+    else:
+        run = eager_convnext.depthwise_conv_layer_norm
+    return run(x, weight, bias, norm_weight, norm_bias, tuple(stride), transposed, sizes, eps)
 
 
 def conv_output_size(
@@ -481,5 +488,14 @@ def convnext_mlp(
         residual is None or _shape(residual) == wanted,
         lambda: f"convnext_mlp: residual must be {wanted}, got {residual is not None and _shape(residual)}",
     )
-    backend.decide("convnext_mlp", x)
-    return eager_mlp.convnext_mlp(x, weight1, bias1, weight2, bias2, residual)
+
+    def obstacle() -> str:
+        from fastblocks.kernels.convnext_mlp import obstacle
+
+        return obstacle(x, weight1, bias1, weight2, bias2, residual)
+
+    if backend.decide("convnext_mlp", x, obstacle):
+        from fastblocks.kernels.convnext_mlp import convnext_mlp as run
+    else:
+        run = eager_mlp.convnext_mlp
+    return run(x, weight1, bias1, weight2, bias2, residual)

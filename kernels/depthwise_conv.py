@@ -1,0 +1,352 @@
+"""Depthwise convolution in 1-D and 2-D as one gather, with layer normalization of the result where it is wanted.
+
+    u[b, o, c] = bias[c] + Σ_k weight[c, k] · x[b, c, i(o, k)]          i = o·s − p + k,  or transposed (o + p − k)/s
+    y[b, o, :] = (u − mean(u)) · rstd · norm_weight + norm_bias          over channels, rstd = 1/sqrt(var(u) + eps)
+
+The same kernel is the forward pass of both modes and, without the normalization, the gradient of x of both modes (the
+gradient of a convolution is the transposed one, and the other way round).
+
+Layouts: x is read through its strides, channels first or last, without a copy; y, x̂ (what LN's affine has not touched
+yet) and rstd are (B, H', W', C) and (B, H', W'), contiguous. 1-D is 2-D with H = 1.
+Bytes a position and channel, forward: x once, y once, x̂ once where it is kept. FLOPs: 2·taps.
+
+How it is fast. A program holds ROWS × (BLOCK_W · RUN) positions × all channels as float32 in registers. A thread's RUN
+consecutive positions share what they read: where x is channels first and aligned, the RUN inputs are one vector load,
+taken apart in registers, and the taps of an output are registers of its neighbours; a 7-tap convolution reads 3
+vectors for 8 outputs instead of 56 scalars, and every weight once for ROWS · RUN outputs instead of once for each.
+Strided and transposed convolutions are the same walk: a transposed one is split by phase (o + p) mod s, and within a
+phase it is a stride-1 convolution with ceil(k/s) taps.
+"""
+
+from torch import Tensor
+
+from fastblocks.kernels import launch as launch_table
+from fastblocks.kernels import runtime
+from fastblocks.kernels.runtime import tl, triton
+
+# More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
+# multiple of every vector length, so that chunks start where memory is aligned.
+MAX_TAPS = 16
+
+
+@triton.jit
+def _unpack(tile, N: tl.constexpr):
+    """[C, W, N] as N tiles [C, W]: in registers, where a thread holds the last dimension."""
+    BLOCK_C: tl.constexpr = tile.shape[0]
+    BLOCK_W: tl.constexpr = tile.shape[1]
+    LEVELS: tl.constexpr = 0 if N == 1 else (1 if N == 2 else (2 if N == 4 else 3))
+    parts = (tile,)  # part i holds the elements i, i + len(parts), i + 2·len(parts), …
+    for level in tl.static_range(LEVELS):
+        evens = ()
+        odds = ()
+        for i in tl.static_range(2**level):
+            even, odd = tl.split(tl.reshape(parts[i], [BLOCK_C, BLOCK_W, N // 2 ** (level + 1), 2]))
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        parts = evens + odds
+    flat = ()
+    for i in tl.static_range(N):
+        flat = flat + (tl.reshape(parts[i], [BLOCK_C, BLOCK_W]),)
+    return flat
+
+
+@triton.jit
+def _pack(parts, N: tl.constexpr):
+    """N tiles [C, W] as one [C, W, N], the inverse of `_unpack`."""
+    BLOCK_C: tl.constexpr = parts[0].shape[0]
+    BLOCK_W: tl.constexpr = parts[0].shape[1]
+    LEVELS: tl.constexpr = 0 if N == 1 else (1 if N == 2 else (2 if N == 4 else 3))
+    for level in tl.static_range(LEVELS):
+        joined = ()
+        for i in tl.static_range(N // 2 ** (level + 1)):
+            pair = tl.join(parts[i], parts[i + N // 2 ** (level + 1)])
+            joined = joined + (tl.reshape(pair, [BLOCK_C, BLOCK_W, 2 ** (level + 1)]),)
+        parts = joined
+    return tl.reshape(parts[0], [BLOCK_C, BLOCK_W, N])
+
+
+@triton.jit
+def _accumulate(
+    acc,
+    x,
+    weights,
+    valid,
+    D: tl.constexpr,
+    STEP: tl.constexpr,
+    TAPS: tl.constexpr,
+    GUARD: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Adds input number D of a run to every output of the run that has a tap there."""
+    updated = ()
+    for f in tl.static_range(RUN):
+        if D - f * STEP >= 0 and D - f * STEP < TAPS:
+            if GUARD:  # a weight of zero would not do: the input may be Inf
+                updated = updated + (acc[f] + tl.where(valid[D - f * STEP], x, 0.0) * weights[D - f * STEP],)
+            else:
+                updated = updated + (acc[f] + x * weights[D - f * STEP],)
+        else:
+            updated = updated + (acc[f],)
+    return updated
+
+
+@triton.jit
+def _conv_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    normalized_ptr,
+    rstd_ptr,
+    H,
+    W,
+    H_OUT,
+    W_OUT,
+    blocks_h,
+    blocks_w,
+    stride_x_b,
+    stride_x_c,
+    stride_x_h,
+    stride_x_w,
+    stride_y_b,
+    stride_y_c,
+    stride_y_h,
+    stride_y_w,
+    stride_weight_c,
+    stride_weight_k,
+    eps,
+    C: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_AFFINE: tl.constexpr,
+    KEEP: tl.constexpr,
+    TAPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LARGE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    STEP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE_H  # in x, from one output of a phase to the next
+    STEP_W: tl.constexpr = 1 if TRANSPOSED else STRIDE_W
+    GAP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1  # in y the same, and between the taps of a phase
+    GAP_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
+    SIGN_H: tl.constexpr = -GAP_H if TRANSPOSED else 1  # a transposed convolution walks its taps backward
+    SIGN_W: tl.constexpr = -GAP_W if TRANSPOSED else 1
+    TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
+    ALL_TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
+    CHUNKS: tl.constexpr = (ALL_TAPS_W + TAPS - 1) // TAPS
+    GUARD: tl.constexpr = KERNEL_W % GAP_W != 0 or ALL_TAPS_W % TAPS != 0  # some taps are beyond the kernel
+    PAD_H: tl.constexpr = KERNEL_H // 2
+    PAD_W: tl.constexpr = KERNEL_W // 2
+    SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS  # inputs of a run
+    SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # vectors start where memory is aligned
+    VECTORS: tl.constexpr = (SLACK + SPAN + VECTOR - 1) // VECTOR
+
+    pid = tl.program_id(0)
+    phase_w = pid % GAP_W
+    pid = pid // GAP_W
+    phase_h = pid % GAP_H
+    pid = pid // GAP_H
+    start_w = (pid % blocks_w) * (BLOCK_W * RUN)
+    pid = pid // blocks_w
+    start_h = (pid % blocks_h) * BLOCK_H
+    batch = (pid // blocks_h).to(tl.int64)
+    if TRANSPOSED:
+        first_h = (phase_h + PAD_H) // GAP_H - (TAPS_H - 1)
+        first_w = (phase_w + PAD_W) // GAP_W - (ALL_TAPS_W - 1)
+        tap_h = (phase_h + PAD_H) % GAP_H + (TAPS_H - 1) * GAP_H
+        tap_w = (phase_w + PAD_W) % GAP_W + (ALL_TAPS_W - 1) * GAP_W
+    else:
+        first_h = -PAD_H
+        first_w = -PAD_W
+        tap_h = 0
+        tap_w = 0
+
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    offs_q = tl.arange(0, BLOCK_H * BLOCK_W)  # runs
+    offs_h = start_h + offs_q // BLOCK_W
+    offs_w = start_w + offs_q % BLOCK_W * RUN
+    if VECTOR > 1:  # the launcher saw that these are multiples of VECTOR; this tells the compiler
+        stride_x_b = stride_x_b // VECTOR * VECTOR
+        stride_x_c = stride_x_c // VECTOR * VECTOR
+        stride_x_h = stride_x_h // VECTOR * VECTOR
+    x_ptr += batch * stride_x_b
+    offs_xc = offs_c.to(tl.int64) * stride_x_c if LARGE else offs_c * stride_x_c
+    weight_ptrs = weight_ptr + offs_c * stride_weight_c
+
+    acc = ()  # RUN tiles [BLOCK_C, BLOCK_H * BLOCK_W]
+    for _ in tl.static_range(RUN):
+        acc = acc + (tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32),)
+    for j in range(TAPS_H * CHUNKS):
+        j_h = j // CHUNKS
+        j_w = j % CHUNKS * TAPS
+        h = offs_h * STEP_H + (first_h + j_h)
+        kernel_h = tap_h + j_h * SIGN_H
+        mask_h = (h >= 0) & (h < H) & (kernel_h < KERNEL_H)
+        offs_xh = h.to(tl.int64) * stride_x_h if LARGE else h * stride_x_h
+        weights = ()
+        valid = ()
+        for v in tl.static_range(VECTORS):
+            if VECTOR > 1:
+                w = offs_w + j_w + (v * VECTOR - PAD_W - SLACK)
+                mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
+                offs = offs_xc[:, None] + (offs_xh + w)[None, :]
+                offs = offs[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+                parts = _unpack(tl.load(x_ptr + offs, mask=mask[:, :, None], other=0.0), VECTOR)
+            else:
+                w = offs_w * STEP_W + (first_w + j_w + v)
+                mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
+                offs_xw = w.to(tl.int64) * stride_x_w if LARGE else w * stride_x_w
+                offs = offs_xc[:, None] + (offs_xh + offs_xw)[None, :]
+                parts = (tl.load(x_ptr + offs, mask=mask, other=0.0),)
+            for e in tl.static_range(VECTOR):
+                if v * VECTOR + e >= SLACK and v * VECTOR + e - SLACK < SPAN:
+                    if v * VECTOR + e - SLACK < TAPS:
+                        kernel_w = tap_w + (j_w + (v * VECTOR + e - SLACK)) * SIGN_W
+                        is_tap = (kernel_w >= 0) & (kernel_w < KERNEL_W)
+                        mask_k = mask_c & (kernel_h < KERNEL_H) & is_tap
+                        offs_k = (kernel_h * KERNEL_W + kernel_w) * stride_weight_k
+                        weight = tl.load(weight_ptrs + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+                        weights = weights + (weight[:, None],)
+                        valid = valid + (is_tap,)
+                    x = parts[e].to(tl.float32)
+                    acc = _accumulate(acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS, GUARD, RUN)
+
+    u = _pack(acc, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None, None]
+    h = (offs_h * GAP_H + phase_h)[:, None]
+    w = (offs_w[:, None] + tl.arange(0, RUN)[None, :]) * GAP_W + phase_w  # [BLOCK_H * BLOCK_W, RUN]
+    mask_q = (h < H_OUT) & (w < W_OUT)
+    mask = mask_c[:, None, None] & mask_q[None, :, :]
+    if NORMALIZE:
+        mean = tl.sum(u, axis=0) / C  # masked channels are 0
+        u = tl.where(mask_c[:, None, None], u - mean[None, :, :], 0.0)
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(u * u, axis=0) / C + eps)
+        u *= rstd[None, :, :]
+        rows = (batch * H_OUT + h) * W_OUT + w
+        offs = rows[None, :, :] * C + offs_c[:, None, None]
+        if KEEP:
+            tl.store(rstd_ptr + rows, rstd, mask=mask_q)
+        if HAS_AFFINE:
+            if KEEP:
+                tl.store(normalized_ptr + offs, u.to(normalized_ptr.dtype.element_ty), mask=mask)
+            norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+            u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
+    else:
+        y_ptr += batch * stride_y_b
+        if LARGE:
+            offs_y = (h.to(tl.int64) * stride_y_h + w.to(tl.int64) * stride_y_w)[None, :, :]
+            offs = offs_y + (offs_c.to(tl.int64) * stride_y_c)[:, None, None]
+        else:
+            offs = (h * stride_y_h + w * stride_y_w)[None, :, :] + (offs_c * stride_y_c)[:, None, None]
+    tl.store(y_ptr + offs, u.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def vector_of(x: Tensor, aligned_width: int) -> int:
+    """How many consecutive positions of x, (B, C, H, W) by strides, one aligned load may take: 8, 4, 2, or 1."""
+    if x.stride(3) != 1:
+        return 1
+    vector = 16 // x.element_size()  # 16 bytes are the widest load
+    while vector > 1 and (
+        aligned_width % vector
+        or x.data_ptr() % (vector * x.element_size())
+        or any(x.stride(i) % vector for i in range(3) if x.shape[i] > 1)
+    ):
+        vector //= 2
+    return vector
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    weight_strides: tuple[int, int],
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    y: Tensor,
+    normalized: Tensor | None,
+    rstd: Tensor | None,
+    *,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    transposed: bool,
+    normalize: bool,
+    eps: float = 0.0,
+) -> None:
+    """Launches the kernel on (B, C, H, W) views of x and y; with `normalize`, y's memory is (B, H', W', C)."""
+    batch, channels, height, width = x.shape
+    height_out, width_out = y.shape[2:]
+    gaps = stride if transposed else (1, 1)
+    vector = vector_of(x, width) if stride == (1, 1) else 1
+    launch = launch_table.depthwise_conv(
+        runtime.architecture(x.device),
+        runtime.multiprocessors(x.device),
+        batch=batch,
+        channels=channels,
+        sizes=(-(-height_out // gaps[0]), -(-width_out // gaps[1])),
+        itemsize=x.element_size(),
+        vector=vector,
+        strided=stride != (1, 1),
+        all_channels=normalize,
+    )
+    blocks_h = -(-height_out // (gaps[0] * launch["BLOCK_H"]))
+    blocks_w = -(-width_out // (gaps[1] * launch["BLOCK_W"] * launch["RUN"]))
+    grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // launch["BLOCK_C"]))
+    _conv_kernel[grid](
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        norm_weight_ptr=norm_weight,
+        norm_bias_ptr=norm_bias,
+        y_ptr=y,
+        normalized_ptr=normalized,
+        rstd_ptr=rstd,
+        H=height,
+        W=width,
+        H_OUT=height_out,
+        W_OUT=width_out,
+        blocks_h=blocks_h,
+        blocks_w=blocks_w,
+        stride_x_b=x.stride(0),
+        stride_x_c=x.stride(1),
+        stride_x_h=x.stride(2),
+        stride_x_w=x.stride(3),
+        stride_y_b=y.stride(0),
+        stride_y_c=y.stride(1),
+        stride_y_h=y.stride(2),
+        stride_y_w=y.stride(3),
+        stride_weight_c=weight_strides[0],
+        stride_weight_k=weight_strides[1],
+        eps=eps,
+        C=channels,
+        KERNEL_H=kernel[0],
+        KERNEL_W=kernel[1],
+        STRIDE_H=stride[0],
+        STRIDE_W=stride[1],
+        TRANSPOSED=transposed,
+        NORMALIZE=normalize,
+        HAS_BIAS=bias is not None,
+        HAS_AFFINE=norm_weight is not None,
+        KEEP=rstd is not None,
+        TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
+        VECTOR=vector,
+        LARGE=max(span(x), span(y)) >= 2**31,
+        **launch.keywords(),
+    )
+
+
+def span(x: Tensor) -> int:
+    """How far apart, in elements, the first and the last element of one sample of x lie."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))

@@ -1,0 +1,56 @@
+"""The second stage of a sum over positions: the rows that programs wrote, added in order; the same bits every time."""
+
+from torch import Tensor
+
+from fastblocks.kernels import launch as launch_table
+from fastblocks.kernels.runtime import tl, triton
+
+
+@triton.jit
+def _sum_rows_kernel(
+    partial_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    rows,
+    END0: tl.constexpr,
+    END1: tl.constexpr,
+    END2: tl.constexpr,
+    END3: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sums the rows of `partial`, in order, and stores the columns up to END0, END1, … in a tensor each."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_s = tl.arange(0, BLOCK_S)
+    total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
+    for start in range(0, rows, BLOCK_S):
+        offs = (start + offs_s).to(tl.int64)[:, None] * END3 + offs_n[None, :]
+        total += tl.load(
+            partial_ptr + offs, mask=(start + offs_s < rows)[:, None] & (offs_n < END3)[None, :], other=0.0
+        )
+    result = tl.sum(total, axis=0)
+    tl.store(out0_ptr + offs_n, result.to(out0_ptr.dtype.element_ty), mask=offs_n < END0)
+    if END1 > END0:
+        mask = (offs_n >= END0) & (offs_n < END1)
+        tl.store(out1_ptr + offs_n - END0, result.to(out1_ptr.dtype.element_ty), mask=mask)
+    if END2 > END1:
+        mask = (offs_n >= END1) & (offs_n < END2)
+        tl.store(out2_ptr + offs_n - END1, result.to(out2_ptr.dtype.element_ty), mask=mask)
+    if END3 > END2:
+        mask = (offs_n >= END2) & (offs_n < END3)
+        tl.store(out3_ptr + offs_n - END2, result.to(out3_ptr.dtype.element_ty), mask=mask)
+
+
+def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
+    """The sum of `partial` (rows, columns) over its rows, cut into 1 to 4 contiguous tensors."""
+    ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
+    launch = launch_table.sum_rows()
+    _sum_rows_kernel[(-(-ends[3] // launch["BLOCK_N"]),)](
+        partial_ptr=partial,
+        **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
+        rows=partial.shape[0],
+        **{f"END{i}": end for i, end in enumerate(ends)},
+        **launch.keywords(),
+    )
