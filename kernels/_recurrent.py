@@ -11,10 +11,8 @@ fill a tensor core's instruction instead of 16.
 
 # ruff: noqa: RET505, SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
-from fastblocks.kernels import runtime
+from fastblocks.kernels.products import dot, narrow
 from fastblocks.kernels.runtime import tl, triton
-
-INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 
 @triton.jit
@@ -174,41 +172,21 @@ def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def multiply(a, b, sums, PRECISION: tl.constexpr):
-    """sums + a · b. The interpreter multiplies the bits of bfloat16 as integers, so there operands are widened."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
-    else:
-        return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@triton.jit
-def narrow(values, DTYPE: tl.constexpr):
-    """float32 to DTYPE, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
-    if INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:
-        bits = values.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        return bits.to(tl.float32, bitcast=True).to(DTYPE)
-    else:
-        return values.to(DTYPE)
-
-
-@triton.jit
 def product(activations, weights, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """sums + activations · weights; transposed: sums + weights · activations."""
     if TRANSPOSED:
-        return multiply(weights, activations, sums, PRECISION)
+        return dot(weights, activations, PRECISION, sums)
     else:
-        return multiply(activations, weights, sums, PRECISION)
+        return dot(activations, weights, PRECISION, sums)
 
 
 @triton.jit
 def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
     """sums + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
     if TRANSPOSED:
-        return multiply(left, tl.trans(right), sums, PRECISION)
+        return dot(left, tl.trans(right), PRECISION, sums)
     else:
-        return multiply(tl.trans(left), right, sums, PRECISION)
+        return dot(tl.trans(left), right, PRECISION, sums)
 
 
 @triton.jit

@@ -11,7 +11,8 @@ and dout. Blocks of neighbours overlap in the caches: each key is read (BLOCK_M 
 4·T·(W + R)·D and, with seven products, 14·T·(W + R)·D, T for W where there is no window.
 """
 
-from fastblocks.kernels.attention_tiles import LOG2_E, dot, load_rotated, load_rows, narrow, rotate, store_rows
+from fastblocks.kernels.attention_tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.products import dot, narrow
 from fastblocks.kernels.runtime import tl, triton
 
 

@@ -9,7 +9,8 @@ Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; ba
 """
 
 from fastblocks.kernels.attention_blocks import _grad_key_step, _key_block, _register_queries, _softmax_step
-from fastblocks.kernels.attention_tiles import LOG2_E, dot, load_rotated, load_rows, narrow, rotate, store_rows
+from fastblocks.kernels.attention_tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.products import dot, narrow
 from fastblocks.kernels.runtime import tl, triton
 
 

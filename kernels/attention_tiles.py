@@ -1,35 +1,14 @@
-"""Device functions that all attention kernels share: tiles of rows in and out of memory, rotation, masks, products.
+"""Device functions that all attention kernels share: tiles of rows in and out of memory, rotation, masks.
 
 A tile is BLOCK rows by BLOCK_D channels; BLOCK_D is a power of two and at least 16 (what `tl.dot` takes), channels past
 HEAD_DIM are loaded as zeros and not stored. Base pointers are advanced in int64, offsets inside a tile are int32.
 Rows of the whole sequence count registers first: row i < R is register i, row R + t is token t; a row is a position.
 """
 
-from fastblocks.kernels import runtime
+from fastblocks.kernels.products import narrow
 from fastblocks.kernels.runtime import tl, triton
 
-INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU has exp2 in hardware
-
-
-@triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32. The interpreter multiplies the bits of bfloat16 as integers, so there operands are widened."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """float32 to dtype, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
-    if x.dtype == dtype:
-        return x
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-        return tl.where(x == x, rounded, x).to(dtype)
-    return x.to(dtype)
 
 
 @triton.jit

@@ -15,14 +15,13 @@ decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T 
 
 from fastblocks.kernels.attention_tiles import (
     LOG2_E,
-    dot,
     load_rows,
     load_sequence,
-    narrow,
     rotate,
     store_rows,
     visible,
 )
+from fastblocks.kernels.products import dot, narrow
 from fastblocks.kernels.runtime import tl, triton
 
 

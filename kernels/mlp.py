@@ -19,19 +19,9 @@ from torch import Tensor
 
 from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
+from fastblocks.kernels.products import dot
 from fastblocks.kernels.runtime import tl, triton
 from fastblocks.kernels.sums import sum_rows
-
-# The interpreter multiplies the bits of bfloat16 as integers; as float32 the products are exact, and right there too.
-_UPCAST = tl.constexpr(runtime.INTERPRETED)
-
-
-@triton.jit
-def _dot(a, b, accumulator=None):
-    if _UPCAST:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision="ieee")  # matters in float32 only
 
 
 @triton.jit
@@ -128,17 +118,17 @@ def _mlp_forward_kernel(
         mask_f = offs_f < F
         offs_1 = offs_f[None, :] * C + offs_c[:, None]  # [BLOCK_C, BLOCK_F]
         mask_1 = mask_f[None, :] & mask_c[:, None]
-        pre = _dot(x, tl.load(weight1_ptr + offs_1, mask=mask_1, other=0.0))
+        pre = dot(x, tl.load(weight1_ptr + offs_1, mask=mask_1, other=0.0), "ieee")
         if HAS_BIAS:
             pre += tl.load(bias1_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION == "swiglu":
-            up = _dot(x, tl.load(weight3_ptr + offs_1, mask=mask_1, other=0.0))
+            up = dot(x, tl.load(weight3_ptr + offs_1, mask=mask_1, other=0.0), "ieee")
         else:
             up = pre
         hidden = _activate(pre, up, ACTIVATION, EXACT).to(x.dtype)
         offs_2 = offs_o[None, :] * F + offs_f[:, None]  # [BLOCK_F, BLOCK_O]
         weight2 = tl.load(weight2_ptr + offs_2, mask=mask_f[:, None] & mask_o[None, :], other=0.0)
-        y = _dot(hidden, weight2, y)
+        y = dot(hidden, weight2, "ieee", y)
     if HAS_BIAS:
         y += tl.load(bias2_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
     mask = mask_s[:, None] & mask_o[None, :]
@@ -207,21 +197,21 @@ def _mlp_grad_x_kernel(
         offs_1 = offs_f[:, None] * C + offs_c[None, :]  # [BLOCK_F, BLOCK_C]
         mask_1 = mask_f[:, None] & mask_c[None, :]
         weight1 = tl.load(weight1_ptr + offs_1, mask=mask_1, other=0.0)
-        pre = _dot(x, tl.trans(weight1))
+        pre = dot(x, tl.trans(weight1), "ieee")
         if HAS_BIAS:
             pre += tl.load(bias1_ptr + offs_f, mask=mask_f, other=0.0).to(tl.float32)[None, :]
         if ACTIVATION == "swiglu":
             weight3 = tl.load(weight3_ptr + offs_1, mask=mask_1, other=0.0)
-            up = _dot(x, tl.trans(weight3))
+            up = dot(x, tl.trans(weight3), "ieee")
         else:
             up = pre
         offs_2 = offs_o[:, None] * F + offs_f[None, :]  # [BLOCK_O, BLOCK_F]
         weight2 = tl.load(weight2_ptr + offs_2, mask=mask_o[:, None] & mask_f[None, :], other=0.0)
-        grad_hidden = _dot(grad_y, weight2)
+        grad_hidden = dot(grad_y, weight2, "ieee")
         _, grad_pre, grad_up = _activate_backward(pre, up, grad_hidden, ACTIVATION, EXACT)
-        grad_x = _dot(grad_pre.to(x.dtype), weight1, grad_x)
+        grad_x = dot(grad_pre.to(x.dtype), weight1, "ieee", grad_x)
         if ACTIVATION == "swiglu":
-            grad_x = _dot(grad_up.to(x.dtype), weight3, grad_x)
+            grad_x = dot(grad_up.to(x.dtype), weight3, "ieee", grad_x)
     grad_x_ptr += (batch * S + start_s) * C
     tl.store(grad_x_ptr + offs_x, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_x)
 
@@ -292,21 +282,21 @@ def _mlp_grad_weight_kernel(
         if HAS_BIAS:
             grad_bias2 += tl.sum(grad_y.to(tl.float32), axis=0)
         grad_y = grad_y.to(x.dtype)  # [BLOCK_M, BLOCK_O]
-        pre = _dot(x, tl.trans(weight1))
+        pre = dot(x, tl.trans(weight1), "ieee")
         if HAS_BIAS:
             pre += bias1
         if ACTIVATION == "swiglu":
-            up = _dot(x, tl.trans(weight3))
+            up = dot(x, tl.trans(weight3), "ieee")
         else:
             up = pre
-        grad_hidden = _dot(grad_y, weight2)
+        grad_hidden = dot(grad_y, weight2, "ieee")
         hidden, grad_pre, grad_up = _activate_backward(pre, up, grad_hidden, ACTIVATION, EXACT)
         if HAS_BIAS:  # rows beyond the last have a gradient of 0
             grad_bias1 += tl.sum(grad_pre, axis=0)
-        grad_weight2 = _dot(tl.trans(grad_y), hidden.to(x.dtype), grad_weight2)
-        grad_weight1 = _dot(tl.trans(grad_pre.to(x.dtype)), x, grad_weight1)
+        grad_weight2 = dot(tl.trans(grad_y), hidden.to(x.dtype), "ieee", grad_weight2)
+        grad_weight1 = dot(tl.trans(grad_pre.to(x.dtype)), x, "ieee", grad_weight1)
         if ACTIVATION == "swiglu":
-            grad_weight3 = _dot(tl.trans(grad_up.to(x.dtype)), x, grad_weight3)
+            grad_weight3 = dot(tl.trans(grad_up.to(x.dtype)), x, "ieee", grad_weight3)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     COLUMNS: tl.constexpr = F * C + C_OUT * F + (F * C if GATED else 0) + (F + C_OUT if HAS_BIAS else 0)
     partial_ptr += tl.program_id(1).to(tl.int64) * COLUMNS

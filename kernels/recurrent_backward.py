@@ -14,7 +14,6 @@ from fastblocks.kernels._recurrent import (
     load_padded,
     load_quads,
     load_weights,
-    narrow,
     outer_product,
     product,
     state_sums,
@@ -23,6 +22,7 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
+from fastblocks.kernels.products import narrow
 from fastblocks.kernels.recurrent_forward import (
     KEEP_GATES,
     at_least,

@@ -15,12 +15,12 @@ from fastblocks.kernels._recurrent import (
     load_padded,
     load_quads,
     load_weights,
-    narrow,
     state_sums,
     store_quads,
     tanh,
     unpack,
 )
+from fastblocks.kernels.products import narrow
 from fastblocks.kernels.runtime import INTERPRETED, tl, triton
 
 # Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time

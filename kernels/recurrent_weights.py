@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
-from fastblocks.kernels._recurrent import multiply, narrow
+from fastblocks.kernels.products import dot, narrow
 from fastblocks.kernels.recurrent_forward import compile_case, workloads
 from fastblocks.kernels.runtime import tl, triton
 
@@ -79,7 +79,7 @@ def _recurrent_weight_gradient_kernel(
             ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
             first = tl.load(ptrs, mask=(mask_m & (there == 0))[:, None] & mask_k[None, :], other=0.0)
             operand = tl.where(there[:, None], operand, narrow(first, DTYPE))
-        total = multiply(grad, operand, total, PRECISION)
+        total = dot(grad, operand, PRECISION, total)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
     index = ((pair * SUMS + gate) * H + offs_n // 4)[:, None] * K + offs_k[None, :]
