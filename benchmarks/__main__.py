@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
     parser.add_argument("--backend", choices=("auto", "triton", "eager"), default="auto")
     parser.add_argument("--threads", type=int, help="CPU threads; default: what PyTorch takes")
-    parser.add_argument("--seconds", type=float, default=1.8, help="for the samples of a case; default: 1.8")
+    parser.add_argument("--seconds", type=float, default=1.2, help="for the samples of a case; default: 1.2")
     suite_run.add_options(parser)
     options = parser.parse_args(arguments)
     for name in ("threads", "seconds", "budget"):

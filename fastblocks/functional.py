@@ -204,6 +204,7 @@ def grouped_gru(
     bias_hh: Tensor | None = None,
     *,
     state: Tensor | None = None,
+    keep_gates: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One layer of G independent GRUs side by side, in one or both directions.
 
@@ -218,16 +219,21 @@ def grouped_gru(
         weight_hh: (N, G, 3H, H).
         bias_ih, bias_hh: (N, G, 3H), both or none.
         state: (N, B, G·H), the hidden state before the first step; None: zeros.
+        keep_gates: of the Triton kernels: keep every step's gates for the backward pass (four values a unit and step)
+            instead of making them again. None: only where they are in memory anyway (I or H over 32; float32: 16).
 
     Returns:
-        y: (B, T, G·N·H): for every group its forward, then its backward hidden units.
+        y: (B, T, G·N·H): for every group its forward, then its backward hidden units; under autocast in its dtype.
         state: (N, B, G·H), the hidden state after the last step of each direction.
 
     Raises:
         ValueError: if shapes do not fit.
     """
     _check_recurrent("grouped_gru", 3, x, weight_ih, weight_hh, bias_ih, bias_hh, state)
-    backend.decide("grouped_gru", x)
+    if backend.decide("grouped_gru", x, lambda: _recurrent_obstacle(x, weight_ih, weight_hh, bias_ih, bias_hh, state)):
+        from fastblocks.kernels import recurrent
+
+        return recurrent.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)
     return eager_recurrent.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, state)
 
 
@@ -239,6 +245,7 @@ def grouped_lstm(
     bias_hh: Tensor | None = None,
     *,
     state: tuple[Tensor, Tensor] | None = None,
+    keep_gates: bool | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One layer of G independent LSTMs side by side, in one or both directions.
 
@@ -253,9 +260,11 @@ def grouped_lstm(
         weight_hh: (N, G, 4H, H).
         bias_ih, bias_hh: (N, G, 4H), both or none.
         state: the pair (h, c), each (N, B, G·H), before the first step; None: zeros.
+        keep_gates: of the Triton kernels: keep every step's gates for the backward pass (four values a unit and step)
+            instead of making them again. None: only where they are in memory anyway (I or H over 32; float32: 16).
 
     Returns:
-        y: (B, T, G·N·H): for every group its forward, then its backward hidden units.
+        y: (B, T, G·N·H): for every group its forward, then its backward hidden units; under autocast in its dtype.
         state: the pair (h, c) after the last step of each direction.
 
     Raises:
@@ -267,8 +276,20 @@ def grouped_lstm(
     )
     for part in state or (None,):
         _check_recurrent("grouped_lstm", 4, x, weight_ih, weight_hh, bias_ih, bias_hh, part)
-    backend.decide("grouped_lstm", x)
+    parts = state or ()
+    if backend.decide(
+        "grouped_lstm", x, lambda: _recurrent_obstacle(x, weight_ih, weight_hh, bias_ih, bias_hh, *parts)
+    ):
+        from fastblocks.kernels import recurrent
+
+        return recurrent.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)
     return eager_recurrent.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state)
+
+
+def _recurrent_obstacle(*tensors: Tensor | None) -> str:
+    from fastblocks.kernels import recurrent
+
+    return recurrent.obstacle(*tensors)
 
 
 def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, state) -> None:

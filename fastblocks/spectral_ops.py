@@ -57,9 +57,9 @@ class Fourier(nn.Module):
         window = self._window(sp)
         with torch.autocast(sp.device.type, enabled=False):
             spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
-            frames = torch.fft.irfft(spectrum, self.n_fft, dim=1) * window[:, None]  # (B, n_fft, frames)
+            frames = torch.fft.irfft(spectrum.transpose(1, 2), self.n_fft) * window  # (B, frames, n_fft)
             # torch.istft would wait for the GPU here, to look at the smallest value of the envelope
-            envelope = self._overlap_add((window * window)[None, :, None].expand(1, -1, frames.shape[2]))
+            envelope = self._overlap_add((window * window).expand(1, frames.shape[1], -1))
             y = self._overlap_add(frames) / envelope.where(envelope > 1e-11, 1)
             start = self.n_fft // 2
             y = y[:, start : start + original_length]
@@ -67,9 +67,10 @@ class Fourier(nn.Module):
         return y.to(sp.dtype)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
-        """(B, n_fft, frames) -> (B, (frames - 1) · hop_length + n_fft)."""
-        length = (frames.shape[2] - 1) * self.hop_length + self.n_fft
-        return nn.functional.fold(frames, (1, length), (1, self.n_fft), stride=(1, self.hop_length))[:, 0, 0]
+        """(B, frames, n_fft) -> (B, (frames - 1) · hop_length + n_fft): the transpose of cutting into frames."""
+        length = (frames.shape[1] - 1) * self.hop_length + self.n_fft
+        # what torch.istft calls, too; torch.nn.functional.fold takes eight times as long on a CPU
+        return torch.ops.aten.unfold_backward(frames, [frames.shape[0], length], 1, self.n_fft, self.hop_length)
 
     def _window(self, x: Tensor) -> Tensor:
         """The window in the dtype of the transform; a window that was cast down to bfloat16 is made anew."""

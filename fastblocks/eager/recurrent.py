@@ -74,6 +74,8 @@ def _grouped(function, formula, library, gates, x, weight_ih, weight_hh, bias_ih
 def _block_diagonal(weight: Tensor, gates: int) -> Tensor:
     """(G, gates·H, I) -> (gates·G·H, G·I): one recurrence in which no group sees another."""
     groups, rows, inputs = weight.shape
+    if groups == 1:
+        return weight[0]
     by_gate = weight.unflatten(1, (gates, -1)).movedim(1, 0)  # (gates, G, H, I)
     eye = torch.eye(groups, dtype=weight.dtype, device=weight.device)
     return (by_gate.unsqueeze(3) * eye[:, None, :, None]).reshape(gates * rows // gates * groups, groups * inputs)
@@ -83,6 +85,7 @@ def _library(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *stat
     """All groups by torch.gru or torch.lstm: x (B, T, G·I) -> y (B, T, G·N·H) and the final states (N, B, G·H)."""
     groups, hidden = weight_hh.shape[1], weight_hh.shape[3]
     if groups > 1 and (x.is_cpu or groups * hidden > _BLOCK_DIAGONAL_HIDDEN):
+        by_group = x.unflatten(-1, (groups, -1)).movedim(-2, 0).contiguous()  # oneDNN takes twice as long on slices
         parts = [
             _one_recurrence(
                 recurrence,
@@ -91,7 +94,7 @@ def _library(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *stat
                 *(None if w is None else w[:, g : g + 1] for w in (weight_ih, weight_hh, bias_ih, bias_hh)),
                 *(s.unflatten(-1, (groups, hidden))[:, :, g] for s in state),
             )
-            for g, x_g in enumerate(x.chunk(groups, dim=-1))
+            for g, x_g in enumerate(by_group)
         ]
         return tuple(torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     return _one_recurrence(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *state)

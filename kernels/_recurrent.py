@@ -1,0 +1,250 @@
+"""What the recurrent kernels are made of: packed weight tiles, products in either orientation, gates.
+
+A tile packs groups side by side, each with its H hidden units rounded up to UNITS, so that small groups still fill a
+tensor core's tile: its weights are block-diagonal, and the blocks off the diagonal are zeros that are never read.
+Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four sums a unit and step,
+because a GRU's n keeps `U_n h + c_n` apart: that is its sum 3. A GRU's tuples of four weights repeat the third.
+
+TRANSPOSED tiles have the batch in columns: the weights are then the first operand of a product, and 8 rows of batch
+fill a tensor core's instruction instead of 16.
+"""
+
+# ruff: noqa: RET505, SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
+from fastblocks.kernels import runtime
+from fastblocks.kernels.runtime import tl, triton
+
+INTERPRETED = tl.constexpr(runtime.INTERPRETED)
+
+
+@triton.jit
+def tanh(x, ACTIVATION: tl.constexpr):
+    """Hardware: one instruction, relative error 2^-11. Fast: absolute error 2^-23. Exact: relative error 2^-22."""
+    if ACTIVATION == "hardware":
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    # exp(-2|x|) is in (0, 1], so nothing overflows; a quotient of exp(2x) is NaN from 45 on.
+    magnitude = tl.abs(x)
+    decay = tl.exp(-2.0 * magnitude)
+    result = (1.0 - decay) / (1.0 + decay)
+    if ACTIVATION == "exact":  # 1 - decay cancels for small x; there the odd polynomial of Cephes' tanhf
+        square = x * x
+        series = -5.70498872745e-3 * square + 2.06390887954e-2
+        series = series * square - 5.37397155531e-2
+        series = series * square + 1.33314422036e-1
+        series = (series * square - 3.33332819422e-1) * square
+        result = tl.where(magnitude < 0.625, magnitude + magnitude * series, result)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def sigmoid(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "hardware":
+        return 0.5 * tanh(0.5 * x, ACTIVATION) + 0.5
+    return 1.0 / (1.0 + tl.exp(-x))  # where exp overflows to infinity, 0 is right
+
+
+@triton.jit
+def activate(sums, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The four sums of a step to what is kept of it: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
+    gate0 = sigmoid(sums[0], ACTIVATION)
+    gate1 = sigmoid(sums[1], ACTIVATION)
+    if LSTM:
+        return gate0, gate1, tanh(sums[2], ACTIVATION), sigmoid(sums[3], ACTIVATION)
+    return gate0, gate1, tanh(sums[2] + gate0 * sums[3], ACTIVATION), sums[3]
+
+
+@triton.jit
+def across(vector, ROWS: tl.constexpr):
+    """[N] as [N, 1], or as [1, N]."""
+    if ROWS:
+        return vector[:, None]
+    else:
+        return vector[None, :]
+
+
+@triton.jit
+def weight_index(
+    first, offs_u, offs_k, H, UNITS, K, FANS, SUMS: tl.constexpr, UNITS_FIRST: tl.constexpr
+):  # fmt: skip
+    """Offsets into (N·G, SUMS·H, K), and their mask; `first` is the tile's first n·G + g."""
+    u = across(offs_u, UNITS_FIRST)
+    k = across(offs_k, not UNITS_FIRST)
+    mask = (u // UNITS == k // FANS) & (u % UNITS < H) & (k % FANS < K)
+    return ((first + u // UNITS) * (SUMS * H) + u % UNITS) * K + k % FANS, mask
+
+
+@triton.jit
+def load_weights(
+    ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr
+):
+    """The tiles of all gates, block-diagonal: [units, k], or [k, units]."""
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, UNITS_FIRST)
+    w0 = narrow(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
+    w1 = narrow(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
+    w2 = narrow(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
+    w3 = w2
+    if LSTM:
+        w3 = narrow(tl.load(ptr + index + 3 * H * K, mask=mask, other=0.0), DTYPE)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def load_biases(
+    bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """What the four sums start from; zeros where there are no biases."""
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    unit = across(offs_u, TRANSPOSED)
+    if bias_ih_ptr is None:
+        b0 = tl.zeros(unit.shape, tl.float32)
+        return b0, b0, b0, b0
+    else:
+        index = (first + unit // UNITS) * (SUMS * H) + unit % UNITS
+        mask = unit % UNITS < H
+        b0 = load_float(bias_ih_ptr + index, mask) + load_float(bias_hh_ptr + index, mask)
+        b1 = load_float(bias_ih_ptr + index + H, mask) + load_float(bias_hh_ptr + index + H, mask)
+        b2 = load_float(bias_ih_ptr + index + 2 * H, mask)
+        b3 = load_float(bias_hh_ptr + index + 2 * H, mask)
+        if LSTM:
+            b2 += b3
+            b3 = load_float(bias_ih_ptr + index + 3 * H, mask) + load_float(bias_hh_ptr + index + 3 * H, mask)
+        return b0, b1, b2, b3
+
+
+@triton.jit
+def load_float(ptrs, mask):
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_padded(ptrs, mask, PADDED: tl.constexpr):
+    """Without padding no mask is kept, so that the load is as wide as it can be."""
+    if PADDED:
+        return tl.load(ptrs, mask=mask, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_quads(ptrs, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
+    """A unit's four values side by side, as words of 64 bits: a step then moves one tile, not four."""
+    low = load_padded(ptrs, mask, PADDED)
+    if DTYPE == tl.float32:
+        return low, load_padded(ptrs + 1, mask, PADDED)
+    else:
+        return low, low
+
+
+@triton.jit
+def unpack(low, high, DTYPE: tl.constexpr):
+    """The four values of `load_quads`, in float32."""
+    if DTYPE == tl.float32:
+        return as_float(low, 0, DTYPE), as_float(low, 32, DTYPE), as_float(high, 0, DTYPE), as_float(high, 32, DTYPE)
+    else:
+        return as_float(low, 0, DTYPE), as_float(low, 16, DTYPE), as_float(low, 32, DTYPE), as_float(low, 48, DTYPE)
+
+
+@triton.jit
+def as_float(words, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    bits = words >> SHIFT
+    if DTYPE == tl.float32:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def as_word(values, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
+    if DTYPE == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+    else:
+        bits = narrow(values, DTYPE).to(tl.uint16, bitcast=True)
+    return bits.to(tl.int64) << SHIFT
+
+
+@triton.jit
+def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
+    if DTYPE == tl.float32:
+        tl.store(ptrs, as_word(v0, 0, DTYPE) | as_word(v1, 32, DTYPE), mask=mask)
+        tl.store(ptrs + 1, as_word(v2, 0, DTYPE) | as_word(v3, 32, DTYPE), mask=mask)
+    else:
+        low = as_word(v0, 0, DTYPE) | as_word(v1, 16, DTYPE)
+        tl.store(ptrs, low | as_word(v2, 32, DTYPE) | as_word(v3, 48, DTYPE), mask=mask)
+
+
+@triton.jit
+def multiply(a, b, sums, PRECISION: tl.constexpr):
+    """sums + a · b. The interpreter multiplies the bits of bfloat16 as integers, so there operands are widened."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums)
+    else:
+        return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def narrow(values, DTYPE: tl.constexpr):
+    """float32 to DTYPE, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and values.dtype == tl.float32:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return values.to(DTYPE)
+
+
+@triton.jit
+def product(activations, weights, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + activations · weights; transposed: sums + weights · activations."""
+    if TRANSPOSED:
+        return multiply(weights, activations, sums, PRECISION)
+    else:
+        return multiply(activations, weights, sums, PRECISION)
+
+
+@triton.jit
+def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
+    if TRANSPOSED:
+        return multiply(left, tl.trans(right), sums, PRECISION)
+    else:
+        return multiply(tl.trans(left), right, sums, PRECISION)
+
+
+@triton.jit
+def input_sums(
+    x, weights, SHAPE: tl.constexpr, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """What a step's input adds to the sums; to a GRU's sum 3 nothing."""
+    nothing = tl.zeros(SHAPE, tl.float32)
+    s0 = product(x, weights[0], nothing, TRANSPOSED, PRECISION)
+    s1 = product(x, weights[1], nothing, TRANSPOSED, PRECISION)
+    s2 = product(x, weights[2], nothing, TRANSPOSED, PRECISION)
+    s3 = nothing
+    if LSTM:
+        s3 = product(x, weights[3], nothing, TRANSPOSED, PRECISION)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def state_sums(h, weights, sums, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """The sums with what the hidden state adds to them."""
+    s0 = product(h, weights[0], sums[0], TRANSPOSED, PRECISION)
+    s1 = product(h, weights[1], sums[1], TRANSPOSED, PRECISION)
+    if LSTM:
+        s2 = product(h, weights[2], sums[2], TRANSPOSED, PRECISION)
+        return s0, s1, s2, product(h, weights[3], sums[3], TRANSPOSED, PRECISION)
+    else:
+        return s0, s1, sums[2], product(h, weights[2], sums[3], TRANSPOSED, PRECISION)
+
+
+@triton.jit
+def store_weights(ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, tiles):
+    """The blocks of the diagonal of [k, units] tiles, gate by gate."""
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, False)
+    tl.store(ptr + index, tiles[0], mask=mask)
+    tl.store(ptr + index + H * K, tiles[1], mask=mask)
+    tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)
+    if LSTM:
+        tl.store(ptr + index + 3 * H * K, tiles[3], mask=mask)

@@ -1,0 +1,355 @@
+"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `recurrent` tells the story."""
+
+# ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import (
+    across,
+    activate,
+    input_sums,
+    load_float,
+    load_padded,
+    load_quads,
+    load_weights,
+    narrow,
+    outer_product,
+    product,
+    state_sums,
+    store_quads,
+    store_weights,
+    tanh,
+    unpack,
+)
+from fastblocks.kernels.recurrent_forward import (
+    KEEP_GATES,
+    at_least,
+    compile_case,
+    forward,
+    precision_of,
+    quad_weight,
+    sizes_of,
+    tile_of,
+    workloads,
+)
+from fastblocks.kernels.recurrent_weights import weight_gradients
+from fastblocks.kernels.runtime import tl, triton
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_backward_kernel(
+    grad_y_ptr,
+    grad_h_last_ptr,
+    grad_c_last_ptr,
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    cell_ptr,
+    y_ptr,
+    grad_x_ptr,
+    grad_sums_words_ptr,
+    partial_ptr,
+    grad_h_first_ptr,
+    grad_c_first_ptr,
+    batch,
+    length,
+    groups,
+    partial_size,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SUMS: tl.constexpr = 4 if LSTM else 3
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
+    AGAIN: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    tile = tl.program_id(0) // (packs * DIRECTIONS)
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    inside = across(offs_b, not TRANSPOSED) < batch
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = inside & mask_u
+    stride_x_t = groups * I
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * H * WORDS
+    stride_c_t = DIRECTIONS * H
+    index_y = row * length * stride_y_t + (member * DIRECTIONS + direction) * H + unit
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    y_ptrs = y_ptr + index_y
+    grad_y_ptrs = grad_y_ptr + index_y
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
+    if cell_ptr is not None:
+        cell_ptrs = cell_ptr + kept_row * H + unit
+    u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, not TRANSPOSED, DTYPE)
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        index_i = (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        x_ptrs = x_ptr + row * length * stride_x_t + index_i
+        grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * stride_x_t + index_i
+        w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
+        if AGAIN:
+            w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+            u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+        grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
+        grad_w1 = grad_w0
+        grad_w2 = grad_w0
+        grad_w3 = grad_w0
+        grad_u0 = tl.zeros((PACK * UNITS, PACK * UNITS), tl.float32)
+        grad_u1 = grad_u0
+        grad_u2 = grad_u0
+        grad_u3 = grad_u0
+    else:
+        grad_sums_ptrs = grad_sums_words_ptr + (kept_row * H + unit) * WORDS
+
+    grad_h = tl.zeros(SHAPE, tl.float32)
+    grad_c = tl.zeros(SHAPE, tl.float32)
+    if grad_h_last_ptr is not None:
+        grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
+    if grad_c_last_ptr is not None:
+        grad_c = load_float(grad_c_last_ptr + state_index, mask)
+
+    # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
+    # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
+    last = length - 1
+    if AGAIN:
+        last = length
+        g0 = tl.zeros(SHAPE, tl.float32)
+        g1 = g0 + 1.0
+        g2 = g0
+        g3 = g0
+        h_prev = tl.zeros(SHAPE, DTYPE)
+        x = tl.zeros(X_SHAPE, DTYPE)
+        if LSTM:
+            c_prev = tl.zeros(SHAPE, DTYPE)
+    for turn in tl.range(0, last + 1, num_stages=STAGES):
+        s = last - turn
+        t = (start + s * step).to(tl.int64)
+        prepared = s - 1 if AGAIN else s
+        t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
+        t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
+        later = prepared > 0  # than the first step, whose state comes from outside
+        grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
+        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
+        if h_first_ptr is not None:
+            h_first = narrow(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+            h_before = tl.where(later, h_before, h_first)
+        if FUSED:
+            x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
+        if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
+            c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
+            c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
+            if c_first_ptr is not None:
+                c_first = narrow(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+                c_before = tl.where(later, c_before, c_first)
+        if not AGAIN:
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
+            g0, g1, g2, g3 = unpack(low, high, DTYPE)
+            h_prev = h_before
+            if FUSED:
+                x = x_ahead
+            if LSTM:
+                c_prev = c_before
+
+        if grad_h_last_ptr is not None:
+            grad_y = tl.where(s == length - 1, grad_y + grad_h_last, grad_y)
+        grad_h += grad_y
+        if LSTM:
+            tanh_c = tanh(c.to(tl.float32), ACTIVATION)
+            grad_c += grad_h * g3 * (1.0 - tanh_c * tanh_c)
+            d0 = grad_c * g2 * g0 * (1.0 - g0)
+            d1 = grad_c * c_prev.to(tl.float32) * g1 * (1.0 - g1)
+            d2 = grad_c * g0 * (1.0 - g2 * g2)
+            d3 = grad_h * tanh_c * g3 * (1.0 - g3)
+            grad_c *= g1
+            carried = tl.zeros(SHAPE, tl.float32)
+        else:
+            d2 = grad_h * (1.0 - g1) * (1.0 - g2 * g2)
+            d1 = grad_h * (h_prev.to(tl.float32) - g2) * g1 * (1.0 - g1)
+            d0 = d2 * g3 * g0 * (1.0 - g0)
+            d3 = d2 * g0
+            carried = grad_h * g1
+        e0 = narrow(d0, DTYPE)
+        e1 = narrow(d1, DTYPE)
+        e2 = narrow(d2, DTYPE)
+        e3 = narrow(d3, DTYPE)
+        grad_h = product(e1, u_back[1], carried, TRANSPOSED, PRECISION)
+        grad_h = product(e3, u_back[3], grad_h, TRANSPOSED, PRECISION)
+        grad_h = product(e0, u_back[0], grad_h, TRANSPOSED, PRECISION)
+        if LSTM:
+            grad_h = product(e2, u_back[2], grad_h, TRANSPOSED, PRECISION)
+        if FUSED:
+            grad_x = product(e0, w_back[0], tl.zeros(X_SHAPE, tl.float32), TRANSPOSED, PRECISION)
+            grad_x = product(e1, w_back[1], grad_x, TRANSPOSED, PRECISION)
+            grad_x = product(e2, w_back[2], grad_x, TRANSPOSED, PRECISION)
+            grad_w0 = outer_product(x, e0, grad_w0, TRANSPOSED, PRECISION)
+            grad_w1 = outer_product(x, e1, grad_w1, TRANSPOSED, PRECISION)
+            grad_w2 = outer_product(x, e2, grad_w2, TRANSPOSED, PRECISION)
+            grad_u0 = outer_product(h_prev, e0, grad_u0, TRANSPOSED, PRECISION)
+            grad_u1 = outer_product(h_prev, e1, grad_u1, TRANSPOSED, PRECISION)
+            grad_u2 = outer_product(h_prev, e2 if LSTM else e3, grad_u2, TRANSPOSED, PRECISION)
+            if LSTM:
+                grad_x = product(e3, w_back[3], grad_x, TRANSPOSED, PRECISION)
+                grad_w3 = outer_product(x, e3, grad_w3, TRANSPOSED, PRECISION)
+                grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
+            tl.store(
+                grad_x_ptrs + t * stride_x_t,
+                narrow(grad_x, grad_x_ptr.dtype.element_ty),
+                mask=inside & mask_i & (s < length),
+            )
+        else:
+            store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
+
+        if AGAIN:
+            sums = input_sums(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
+            g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+            h_prev = h_before
+            x = x_ahead
+            if LSTM:
+                c_prev = c_before
+
+    if grad_h_first_ptr is not None:
+        tl.store(grad_h_first_ptr + state_index, grad_h, mask=mask)
+        if LSTM:
+            tl.store(grad_c_first_ptr + state_index, grad_c, mask=mask)
+    if FUSED:
+        # This tile's share of the weights' gradients: weight_ih, then weight_hh.
+        ptr = partial_ptr + tile.to(tl.int64) * partial_size
+        store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
+        ptr += groups * DIRECTIONS * SUMS * H * I
+        store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
+
+
+def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, lstm, True, fused, dtype == torch.float32))
+
+
+def backward(
+    grad_y: Tensor | None,
+    grad_h_last: Tensor | None,
+    grad_c_last: Tensor | None,
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h_first: Tensor | None,
+    c_first: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cell: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, y.dtype)
+    dtype = y.dtype
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
+    again = gates.numel() == 0
+    if again and not fused:
+        *_, gates, cell = forward(
+            x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype=dtype, keep=KEEP_GATES
+        )
+        again = False
+    tile = tile_of(groups, inputs, hidden)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    tiles = triton.cdiv(batch, config["BLOCK_B"])
+    grad_x = grad_sums = partial = None
+    if fused:
+        grad_x = x.new_empty(directions, batch, length, groups * inputs)
+        partial = x.new_empty(tiles, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
+    else:
+        grad_sums = torch.empty_like(gates)
+    grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
+    grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
+    with torch.cuda.device_of(x):
+        _grouped_rnn_backward_kernel[(groups // tile["PACK"] * directions * tiles,)](
+            grad_y_ptr=grad_y,
+            grad_h_last_ptr=grad_h_last,
+            grad_c_last_ptr=grad_c_last,
+            x_ptr=x,
+            weight_ih_ptr=weight_ih,
+            weight_hh_ptr=weight_hh,
+            h_first_ptr=h_first,
+            c_first_ptr=c_first,
+            gates_ptr=None if again else gates.view(torch.int64),
+            cell_ptr=cell if cell.numel() else None,
+            y_ptr=y,
+            grad_x_ptr=grad_x,
+            grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
+            partial_ptr=partial,
+            grad_h_first_ptr=grad_h_first,
+            grad_c_first_ptr=grad_c_first,
+            batch=batch,
+            length=length,
+            groups=groups,
+            partial_size=0 if partial is None else partial.shape[1],
+            DIRECTIONS=directions,
+            LSTM=lstm,
+            FUSED=fused,
+            **tile,
+            **precision_of(dtype),
+            STAGES=config.num_stages,
+            **config.keywords(),
+        )
+    if fused:
+        grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]
+        grad_weights = partial.sum(0)
+    else:
+        weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
+        grad_x = (
+            torch.bmm(grad_sums.view(groups, batch * length, -1), weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
+        )
+        precision = precision_of(dtype)["PRECISION"]
+        grad_weights = weight_gradients(x, y, h_first, grad_sums, weight_ih, weight_hh, precision)
+        if bias_ih is not None:
+            quads = grad_sums.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
+            grads = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
+            grad_weights = torch.cat([grad_weights, *(grad.flatten() for grad in grads)])
+
+    return (
+        grad_x,
+        grad_weights.to(weight_ih.dtype),
+        x.new_empty(0) if grad_h_first is None else grad_h_first.to(h_first.dtype),
+        x.new_empty(0) if grad_c_first is None else grad_c_first.to(c_first.dtype),
+    )
+
+
+def aot_cases(architecture: str = "sm_90"):
+    for label, dtype, element, fused, constants in workloads(architecture):
+        lstm = constants["LSTM"]
+        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
+        absent = ["grad_h_last_ptr", "grad_c_last_ptr", "h_first_ptr", "c_first_ptr"]
+        absent += ["grad_h_first_ptr", "grad_c_first_ptr"]
+        absent += ["gates_ptr", "grad_sums_words_ptr"] if fused else ["grad_x_ptr", "partial_ptr"]
+        absent += [] if lstm else ["cell_ptr"]
+        all_constants = {**constants, **dict.fromkeys(absent)}
+        yield compile_case(f"{label} backward", _grouped_rnn_backward_kernel, element, all_constants, config)

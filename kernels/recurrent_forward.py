@@ -1,0 +1,320 @@
+"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `recurrent` tells the whole story."""
+
+# ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import (
+    across,
+    activate,
+    input_sums,
+    load_biases,
+    load_float,
+    load_padded,
+    load_quads,
+    load_weights,
+    narrow,
+    state_sums,
+    store_quads,
+    tanh,
+    unpack,
+)
+from fastblocks.kernels.runtime import INTERPRETED, tl, triton
+
+# Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
+# loop: the sums of the weights' gradients fit its registers, and no gate or gradient of one travels through memory.
+# Biases and the sums of their gradients are what an LSTM of 16 units has no registers left for.
+FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
+
+# Columns of the smallest product: Triton before 3.6 takes 16.
+LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 16
+
+# What the forward pass keeps for the backward one.
+KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups"])
+def _grouped_rnn_forward_kernel(
+    x_ptr,
+    weight_ih_ptr,
+    weight_hh_ptr,
+    bias_ih_ptr,
+    bias_hh_ptr,
+    h_first_ptr,
+    c_first_ptr,
+    gates_ptr,
+    cell_ptr,
+    y_ptr,
+    h_last_ptr,
+    c_last_ptr,
+    batch,
+    length,
+    groups,
+    H: tl.constexpr,
+    UNITS: tl.constexpr,
+    I: tl.constexpr,
+    FANS: tl.constexpr,
+    PACK: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    LSTM: tl.constexpr,
+    FUSED: tl.constexpr,
+    KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    DTYPE: tl.constexpr = y_ptr.dtype.element_ty
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
+    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    packs = groups // PACK
+    group = tl.program_id(0) % packs * PACK
+    direction = tl.program_id(0) // packs % DIRECTIONS
+    first = direction * groups + group
+    step = 1 - 2 * direction
+    start = direction * (length - 1)
+
+    offs_b = tl.program_id(0) // (packs * DIRECTIONS) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_u = tl.arange(0, PACK * UNITS)
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row once more
+    unit = across(offs_u % UNITS, TRANSPOSED)
+    member = group + across(offs_u // UNITS, TRANSPOSED)
+    mask_u = unit < H
+    mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
+    channel = (member * DIRECTIONS + direction) * H + unit
+    stride_x_t = groups * I
+    stride_y_t = groups * DIRECTIONS * H
+    stride_g_t = DIRECTIONS * H * WORDS
+    stride_c_t = DIRECTIONS * H
+    y_ptrs = y_ptr + row * length * stride_y_t + channel
+    state_index = (direction * batch + row) * groups * H + member * H + unit
+    kept_row = (member * batch + row) * length * DIRECTIONS + direction
+    if FUSED:
+        offs_i = tl.arange(0, PACK * FANS)
+        fan = across(offs_i % FANS, TRANSPOSED)
+        mask_i = fan < I
+        x_ptrs = x_ptr + row * length * stride_x_t + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+    if gates_ptr is not None:
+        gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
+    if cell_ptr is not None:
+        cell_ptrs = cell_ptr + kept_row * H + unit
+    if not FUSED:
+        biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
+    u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+
+    h = tl.zeros(SHAPE, tl.float32)
+    c = tl.zeros(SHAPE, tl.float32)
+    if h_first_ptr is not None:
+        h = load_float(h_first_ptr + state_index, mask)
+        if LSTM:
+            c = load_float(c_first_ptr + state_index, mask)
+
+    # The chain from h to h is U h, the gates and the update: what step s + 1 takes from its input is made (or, where
+    # the projection is a product of its own, loaded) during step s.
+    t = start.to(tl.int64)
+    if FUSED:
+        x = narrow(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
+        s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    rounded = narrow(h, DTYPE)
+    for s in tl.range(0, length, num_stages=STAGES):
+        t = (start + s * step).to(tl.int64)
+        if FUSED:
+            ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
+            x = narrow(load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I), DTYPE)
+        else:
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
+            s0, s1, s2, s3 = unpack(low, high, DTYPE)
+            s0 += biases[0]
+            s1 += biases[1]
+            s2 += biases[2]
+            s3 += biases[3]
+        sums = state_sums(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+        g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+        if LSTM:
+            c = g1 * c + g0 * g2
+            h = g3 * tanh(c, ACTIVATION)
+        else:
+            h = g2 + g1 * (h - g2)
+        rounded = narrow(h, DTYPE)
+        tl.store(y_ptrs + t * stride_y_t, rounded, mask=mask)
+        if KEEP:
+            store_quads(gates_ptrs + t * stride_g_t, g0, g1, g2, g3, mask, DTYPE)
+        if cell_ptr is not None:
+            tl.store(cell_ptrs + t * stride_c_t, narrow(c, DTYPE), mask=mask)
+        if FUSED:
+            s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    tl.store(h_last_ptr + state_index, rounded, mask=mask)
+    if LSTM:
+        tl.store(c_last_ptr + state_index, narrow(c, DTYPE), mask=mask)
+
+
+def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
+    """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G."""
+    pack = 1
+    while pack * triton.next_power_of_2(hidden) < 16 and groups % (2 * pack) == 0:
+        pack *= 2
+    least = 16 // pack
+    units, fans = max(triton.next_power_of_2(hidden), least), max(triton.next_power_of_2(inputs), least)
+    return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
+
+
+def precision_of(dtype: torch.dtype, hardware: bool = not INTERPRETED and torch.version.hip is None) -> dict[str, str]:
+    if dtype == torch.float32:
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
+    # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
+    hardware = hardware and dtype == torch.bfloat16
+    return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
+
+
+def sizes_of(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype
+) -> tuple[int, int, int, int, int, int, bool, bool]:
+    """B, T, N, G, I, H; whether this is an LSTM; whether the projection is fused into the loop."""
+    batch, length, _ = x.shape
+    directions, groups, rows, inputs = weight_ih.shape
+    hidden = weight_hh.shape[3]
+    limit = FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT
+    fused = max(inputs, hidden) <= limit and bias_ih is None
+    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
+
+
+def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
+    return lstm and (keep == KEEP_GATES or (fused and keep == KEEP_LITTLE))
+
+
+def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
+    """(G, I, N·H·4): a unit's four rows side by side; a GRU's fourth, `U_n h`, takes nothing from x."""
+    directions, groups, rows, inputs = weight_ih.shape
+    weight = weight_ih.to(dtype).view(directions, groups, rows // hidden, hidden, inputs).permute(1, 4, 0, 3, 2)
+    if rows == 3 * hidden:
+        weight = torch.nn.functional.pad(weight, (0, 1))
+    return weight.reshape(groups, inputs, directions * hidden * 4)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """(G, B·T, N·H·4): the inputs' part of the sums of all steps, one batched product."""
+    groups, inputs, _ = weight.shape
+    return torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight)
+
+
+def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
+    return at_least(launch.recurrent(units, lstm, False, fused, dtype == torch.float32))
+
+
+def at_least(config: launch.LaunchConfig) -> launch.LaunchConfig:
+    """The configuration with as many rows of batch as this Triton takes."""
+    if config["BLOCK_B"] >= LEAST_COLUMNS:
+        return config
+    return launch.config(config.num_warps, config.num_stages, **{**dict(config.blocks), "BLOCK_B": LEAST_COLUMNS})
+
+
+def forward(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    h_first: Tensor | None,
+    c_first: Tensor | None,
+    dtype: torch.dtype,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
+    y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
+    h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
+    c_last = torch.empty_like(h_last) if lstm else x.new_empty(0, dtype=dtype)
+    gates = cell = None
+    if not fused:
+        gates = project(x, quad_weight(weight_ih, hidden, dtype)).view(groups, batch * length, directions, hidden, 4)
+    elif keep == KEEP_GATES:
+        gates = x.new_empty(groups, batch * length, directions, hidden, 4, dtype=dtype)
+    if keeps_cell(keep, fused, lstm):
+        cell = x.new_empty(groups, batch * length, directions, hidden, dtype=dtype)
+    tile = tile_of(groups, inputs, hidden)
+    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
+    with torch.cuda.device_of(x):
+        _grouped_rnn_forward_kernel[grid](
+            x_ptr=x,
+            weight_ih_ptr=weight_ih,
+            weight_hh_ptr=weight_hh,
+            bias_ih_ptr=bias_ih,
+            bias_hh_ptr=bias_hh,
+            h_first_ptr=h_first,
+            c_first_ptr=c_first,
+            gates_ptr=None if gates is None else gates.view(torch.int64),
+            cell_ptr=cell,
+            y_ptr=y,
+            h_last_ptr=h_last,
+            c_last_ptr=c_last if lstm else None,
+            batch=batch,
+            length=length,
+            groups=groups,
+            DIRECTIONS=directions,
+            LSTM=lstm,
+            FUSED=fused,
+            KEEP=keep == KEEP_GATES,
+            **tile,
+            **precision_of(dtype),
+            STAGES=config.num_stages,
+            **config.keywords(),
+        )
+    if gates is None or keep != KEEP_GATES:
+        gates = x.new_empty(0, dtype=dtype)
+    return y, h_last, c_last, gates, x.new_empty(0, dtype=dtype) if cell is None else cell
+
+
+# The standard workloads: G, I, H, N of their first layers.
+WORKLOADS = {"rnn-freq": (8, 16, 8, 2), "rnn-time": (8, 16, 16, 1), "rnn-wide": (4, 128, 128, 1)}
+
+
+def workloads(architecture: str):
+    """Every workload as GRU and LSTM in the dtypes that the kernels take it in: label, sizes and constants."""
+    for name, (groups, inputs, hidden, directions) in WORKLOADS.items():
+        for lstm in (False, True):
+            for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+                if hidden > launch.recurrent_largest(architecture, dtype == torch.float32):
+                    continue
+                fused = max(inputs, hidden) <= (FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT)
+                constants = {"DIRECTIONS": directions, "LSTM": lstm, "FUSED": fused}
+                constants |= tile_of(groups, inputs, hidden) | precision_of(
+                    dtype, hardware=architecture.startswith("sm_")
+                )
+                yield f"{name} {'LSTM' if lstm else 'GRU'} {element}", dtype, element, fused, constants
+
+
+def compile_case(label: str, kernel, element: str, constants: dict, config: launch.LaunchConfig) -> launch.CompileCase:
+    """Pointers are to `element`s, but for what the names say; whatever is not a pointer is an int32."""
+    constants = {**constants, **dict(config.blocks)}
+    if "STAGES" in kernel.arg_names:
+        constants["STAGES"] = config.num_stages
+    words, floats = ("gates_ptr", "grad_sums_words_ptr"), ("partial_ptr", "grad_h_first_ptr", "grad_c_first_ptr")
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if not name.endswith("_ptr"):
+            return "i32"
+        return "*i64" if name in words else "*fp32" if name in floats else f"*{element}"
+
+    signature = {name: kind(name) for name in kernel.arg_names}
+    return launch.CompileCase(label, kernel, signature, constants, config)
+
+
+def aot_cases(architecture: str = "sm_90"):
+    for label, dtype, element, fused, constants in workloads(architecture):
+        lstm = constants["LSTM"]
+        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
+        for training in (False, True):
+            absent = ["bias_ih_ptr", "bias_hh_ptr", "h_first_ptr", "c_first_ptr"]
+            absent += [] if lstm else ["c_last_ptr"]
+            absent += ["gates_ptr"] if fused else []
+            absent += [] if lstm and training else ["cell_ptr"]
+            all_constants = {**constants, **dict.fromkeys(absent), "KEEP": training and not fused}
+            mode = "training" if training else "inference"
+            yield compile_case(f"{label} forward, {mode}", _grouped_rnn_forward_kernel, element, all_constants, config)

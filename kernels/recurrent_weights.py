@@ -1,0 +1,146 @@
+"""Gradients of a recurrence's weights as products over all steps at once, for groups too large to sum them in the loop.
+
+`∂W = Σ_{b,t} ∂sums_{b,t} · operand_{b,t}ᵀ` with x_t (W_ih) or h_{t-1} (W_hh) as operand: a small result from a long
+sum, which a library's product splits badly. Here the B·T rows are cut into at most 32 slices of a fixed length, each
+writes its sum in float32, and a second pass adds the slices in order: the same bits every time.
+"""
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import launch
+from fastblocks.kernels._recurrent import multiply, narrow
+from fastblocks.kernels.recurrent_forward import compile_case, workloads
+from fastblocks.kernels.runtime import tl, triton
+
+SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
+SLICES = 32  # at most: 48 tiles × 32 slices are 11 waves of 132 multiprocessors at H 128, G 4
+
+
+@triton.jit(do_not_specialize=["batch", "length", "groups", "slice_rows"])
+def _recurrent_weight_gradient_kernel(
+    grad_sums_ptr,
+    operand_ptr,
+    h_first_ptr,
+    partial_ptr,
+    batch,
+    length,
+    groups,
+    slice_rows,
+    partial_size,
+    stride_row,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    SUMS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    STATE: tl.constexpr,  # the operand is y, one step earlier
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    DTYPE: tl.constexpr = grad_sums_ptr.dtype.element_ty
+    pair = tl.program_id(1)  # direction · G + group, as the weights have it
+    direction = pair // groups
+    group = pair % groups
+    columns = tl.cdiv(K, BLOCK_K)
+    offs_n = tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(0) % columns * BLOCK_K + tl.arange(0, BLOCK_K)
+    gate = offs_n % 4
+    mask_n = offs_n < 4 * H
+    if SUMS == 3:  # a GRU's U_n h has a gradient of its own, the fourth; W_n x has the third
+        mask_n &= gate != (2 if STATE else 3)
+        gate = tl.minimum(gate, 2)
+    mask_k = offs_k < K
+    rows = batch.to(tl.int64) * length
+    begin = tl.program_id(2).to(tl.int64) * slice_rows
+    end = tl.minimum(begin + slice_rows, rows)
+    before = 1 - 2 * direction  # how far back the state of a step lies
+    channel = ((group * DIRECTIONS + direction) * H if STATE else group * K) + offs_k
+
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for offset in range(begin, end, BLOCK_M):
+        offs_m = offset + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < end
+        inside = (offset % length).to(tl.int32) + tl.arange(0, BLOCK_M)  # one long division a tile, not one a row
+        t = inside % length
+        grad_ptrs = (
+            grad_sums_ptr + ((group * rows + offs_m) * DIRECTIONS + direction)[None, :] * (4 * H) + offs_n[:, None]
+        )
+        grad = tl.load(grad_ptrs, mask=mask_m[None, :] & (offs_n < 4 * H)[:, None], other=0.0)
+        source, there = offs_m, mask_m
+        if STATE:
+            source -= before
+            there &= t != (direction * (length - 1))  # the first step's state comes from outside
+        ptrs = operand_ptr + source[:, None] * stride_row + channel[None, :]
+        operand = narrow(tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0), DTYPE)
+        if STATE and h_first_ptr is not None:
+            b = offset // length + inside // length
+            ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
+            first = tl.load(ptrs, mask=(mask_m & (there == 0))[:, None] & mask_k[None, :], other=0.0)
+            operand = tl.where(there[:, None], operand, narrow(first, DTYPE))
+        total = multiply(grad, operand, total, PRECISION)
+
+    ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
+    index = ((pair * SUMS + gate) * H + offs_n // 4)[:, None] * K + offs_k[None, :]
+    tl.store(ptr + index, total, mask=mask_n[:, None] & mask_k[None, :])
+
+
+def _launch_config() -> launch.LaunchConfig:
+    return launch.RECURRENT_WEIGHTS
+
+
+def weight_gradients(
+    x: Tensor,
+    y: Tensor,
+    h_first: Tensor | None,
+    grad_sums: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    precision: str,
+) -> Tensor:
+    """∂weight_ih, then ∂weight_hh, flat, float32."""
+    batch, length, _ = x.shape
+    directions, groups, rows, inputs = weight_ih.shape
+    hidden = weight_hh.shape[3]
+    slices = min(SLICES, triton.cdiv(batch * length, SLICE))
+    slice_rows = triton.cdiv(batch * length, slices)
+    partial = x.new_empty(slices, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
+    config = _launch_config()
+    for operand, size, first, out in (
+        (x, inputs, None, partial),
+        (y, hidden, h_first, partial[:, weight_ih.numel() :]),
+    ):
+        tiles = triton.cdiv(4 * hidden, config["BLOCK_N"]) * triton.cdiv(size, config["BLOCK_K"])
+        _recurrent_weight_gradient_kernel[(tiles, directions * groups, slices)](
+            grad_sums_ptr=grad_sums,
+            operand_ptr=operand,
+            h_first_ptr=first,
+            partial_ptr=out,
+            batch=batch,
+            length=length,
+            groups=groups,
+            slice_rows=slice_rows,
+            partial_size=partial.shape[1],
+            stride_row=operand.stride(1),
+            H=hidden,
+            K=size,
+            SUMS=rows // hidden,
+            DIRECTIONS=directions,
+            STATE=operand is y,
+            PRECISION=precision,
+            **config.keywords(),
+        )
+    return partial.sum(0)
+
+
+def aot_cases(architecture: str = "sm_90"):
+    for label, _, element, fused, constants in workloads(architecture):
+        if fused:
+            continue
+        for state in (False, True):
+            sizes = {"H": constants["H"], "K": constants["H"] if state else constants["I"]}
+            sizes |= {"SUMS": 4 if constants["LSTM"] else 3, "DIRECTIONS": constants["DIRECTIONS"], "STATE": state}
+            sizes |= {"PRECISION": constants["PRECISION"], "h_first_ptr": None}
+            name = f"{label} gradient of weight_{'hh' if state else 'ih'}"
+            yield compile_case(name, _recurrent_weight_gradient_kernel, element, sizes, _launch_config())
