@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pkgutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -131,7 +132,8 @@ def compile_job(job: Job) -> Compiled:
     except Exception as problem:
         seconds = time.monotonic() - start
         error = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)[:160]
-    config = {**dict(job.config.blocks), **options}
+    blocks = {name: value for name, value in job.constants.items() if name.startswith("BLOCK")}
+    config = {**blocks, **dict(job.config.blocks), **options}
     return Compiled(job.module, job.name, job.labels, job.architecture, config, seconds, found, warps, error)
 
 
@@ -241,7 +243,9 @@ def main(arguments: list[str]) -> int:
     if not work:
         errors.print(f"error: no kernel has a case like {', '.join(options.names) or 'this'}", markup=False)
         return 2 if options.names else 0
-    found = compile_all(work, options.jobs, errors)
+    with tempfile.TemporaryDirectory() as cache:  # what Triton has in its cache would take no time
+        os.environ["TRITON_CACHE_DIR"] = cache
+        found = compile_all(work, options.jobs, errors)
     console.print(make_table(found))
     for note in missing_tools():
         console.print(note, markup=False, soft_wrap=True)

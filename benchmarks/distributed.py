@@ -2,6 +2,7 @@
 
 import argparse
 import time
+import warnings
 from statistics import median
 
 import torch
@@ -28,7 +29,9 @@ class DistributedGan(steps.Gan):
     def __init__(self, gan: steps.Gan):
         super().__init__(gan.model, gan.critic)
         # buffers are each process's own: broadcasting them between two forwards would spoil the first's backward
-        model, critic = (DistributedDataParallel(part, broadcast_buffers=False) for part in self.parts())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer versions have two arguments for this one
+            model, critic = (DistributedDataParallel(part, broadcast_buffers=False) for part in self.parts())
         self._together = {"model": model, "critic": critic}  # not registered again: parameters keep their names
 
     def forward(self, mixture: Tensor, target: Tensor | None = None, *, judge: bool = False):
@@ -99,13 +102,14 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    table = Table("workload", "dtype", "provider", "processes", "steps/s", title=describe_device())
+    table = Table("workload", "dtype", "provider", "processes", "steps/s")
     try:
         for workload in chosen:
             for provider in names:
                 rates = steps_per_second(workload, provider, device, dtype, options.steps)
                 table.add_row(workload.name, dtype, provider, str(size), f"{median(rates):.3g}")
         if rank == 0:
+            console.print(describe_device(), markup=False, soft_wrap=True)
             console.print(table)
     finally:
         dist.destroy_process_group()
