@@ -172,7 +172,8 @@ def compile_all(work: list[Job], processes: int, errors: Console) -> list[Compil
 
 
 def make_table(found: list[Compiled]) -> Table:
-    columns = "kernel|first case (of how many)|GPU|configuration|regs|spilled B|shared B|warps|matrix instr.|s".split("|")
+    columns = ["kernel", "first case (of how many)", "GPU", "configuration", "regs", "spilled B", "shared B", "warps"]
+    columns += ["matrix instr.", "s"]
     table = Table(title="kernels as compiled", title_justify="left", header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i > 3 else "left", overflow="fold", no_wrap=i in (2, 4, 5, 6, 7, 9))

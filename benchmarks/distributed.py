@@ -12,9 +12,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import runners, steps, suite_run, workloads
+from benchmarks import runners, steps, workloads
 from benchmarks.kits import describe_device
 from benchmarks.providers import EAGER, FUSED, compiled
+from benchmarks.unattended import values
 
 PROVIDERS = (EAGER, "compile", FUSED)
 
@@ -90,10 +91,10 @@ def main(arguments: list[str]) -> int:
         unknown += [w.name for w in chosen if w.case.step is not steps.train]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: only models (model-roformer, …) are measured under torchrun")
-        names = suite_run.values(options, "provider", PROVIDERS)
+        names = values(options, "provider", PROVIDERS)
         if other := [name for name in names if name not in PROVIDERS]:
             raise ValueError(f"--provider {', '.join(other)}: under torchrun there are {', '.join(PROVIDERS)}")
-        (dtype,) = suite_run.values(options, "dtype", ("bf16",) if cuda else ("fp32",))[:1]
+        (dtype,) = values(options, "dtype", ("bf16",) if cuda else ("fp32",))[:1]
     except ValueError as problem:
         errors.print(f"error: {problem}", markup=False, soft_wrap=True)
         return 2

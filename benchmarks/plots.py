@@ -73,7 +73,8 @@ def _bars(path: Path, bars: dict, names: list[str], title: str, colours: dict | 
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_xticks(ticks := [t for t in (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)], [f"{t:g}×" for t in ticks])
+    ticks = [2.0**k for k in range(-2, 8)]
+    axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
     axis.minorticks_off()
     largest = max(max(ratios.values()) for ratios in bars.values())
     axis.set_xlim(min(0.8, *(0.9 * min(ratios.values()) for ratios in bars.values())), 1.4 * largest)

@@ -1,4 +1,4 @@
-"""Who computes a workload: the original formulas, the same compiled, this package, this package in a CUDA graph, rivals."""
+"""Who computes a workload: the original formulas, the same compiled, this package, also in a CUDA graph, and rivals."""
 
 from collections.abc import Callable
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks import original
 from benchmarks.original.functional import apply_rope
-from benchmarks.runners import Cast, DTYPES, Runner, make_runner
+from benchmarks.runners import DTYPES, Cast, Runner, make_runner
 from benchmarks.workloads import Workload
 
 NAMES = ("flex", "block-diagonal", "flashrnn", "max-autotune", "liger")
