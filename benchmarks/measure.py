@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import original
 from benchmarks.case import Case, make_instances, worst_error
-from benchmarks.timing import Timing, interleaved, peak_bytes
+from benchmarks.timing import Timing, clock_of, interleaved, peak_bytes
 
 ORIGINAL, FUSED = "original", "fastblocks"  # the providers' names
 
@@ -44,15 +44,15 @@ def measure(case: Case, kits: dict[str, ModuleType], device: torch.device, secon
         seconds: to spend on samples, forward and training together; memory and error come on top.
     """
     instances = make_instances(case, kits, device)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    clock = clock_of(device)
     for instance in instances.values():
         instance.set_training(False)
     error, moved = errors(case, instances, device)
-    forward = interleaved({n: i.forward for n, i in instances.items()}, seconds / 3, sync=sync)
+    forward = interleaved({n: i.forward for n, i in instances.items()}, seconds / 3, clock=clock)
     for instance in instances.values():
         instance.set_training(True)
     peak = {name: peak_bytes(instance.train, device) for name, instance in instances.items()}
-    training = interleaved({n: i.train for n, i in instances.items()}, seconds * 2 / 3, sync=sync)
+    training = interleaved({n: i.train for n, i in instances.items()}, seconds * 2 / 3, clock=clock)
     return Result(case, moved, forward, training, peak, error)
 
 

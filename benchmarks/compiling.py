@@ -1,0 +1,264 @@
+"""`python -m benchmarks compile`: what the compiler makes of every kernel, for GPUs that need not be there.
+
+A module of kernels takes part by having `aot_cases(architecture)`, which yields `launch.CompileCase`s.
+"""
+
+import argparse
+import importlib
+import inspect
+import json
+import multiprocessing
+import os
+import pkgutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks.machine_code import Resources, missing_tools, resident_warps, resources
+
+TARGETS = {  # name of the launch tables -> what triton.compile takes
+    "sm_80": ("cuda", 80, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TUNED = ("sm_80", "sm_90")  # where a spill is an error
+FAST_CASES = 2  # of each kernel, for --fast
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel, as one architecture gets it."""
+
+    module: str
+    kernel: str
+    labels: tuple[str, ...]
+    architecture: str
+    config: dict[str, int]
+    seconds: float
+    resources: Resources | None
+    warps: int  # that can be resident on a multiprocessor; 0: the kernel does not fit
+    error: str = ""
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.resources and self.resources.spilled_bytes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compiled once, for all the cases that launch it alike."""
+
+    module: str
+    kernel: object
+    signature: dict
+    constants: dict
+    config: object
+    architecture: str
+    labels: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+def modules() -> Iterator[tuple[str, object]]:
+    """Modules below `fastblocks.kernels` that define `aot_cases` themselves."""
+    import fastblocks.kernels as package
+
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        function = getattr(module, "aot_cases", None)
+        if function and function.__module__ == module.__name__:
+            yield info.name, function
+
+
+def cases_of(function, architecture: str) -> Iterator:
+    """The cases of a module on an architecture, whether or not its function asks for one."""
+    takes = inspect.signature(function).parameters
+    yield from function(architecture) if takes else function()
+
+
+def jobs(architectures: list[str], names: list[str], fast: bool) -> list[Job]:
+    """Everything to compile; equal launches once. `names` select by substring of module, kernel or label."""
+    found: dict[tuple, Job] = {}
+    for module, function in modules():
+        for architecture in architectures:
+            counts: dict[str, int] = {}
+            for case in cases_of(function, architecture):
+                job = Job(module, case.kernel, case.signature, case.constants, case.config, architecture, (case.label,))
+                if names and not any(n.lower() in f"{module} {job.name} {case.label}".lower() for n in names):
+                    continue
+                key = (architecture, module, job.name, repr(sorted(case.signature.items())), repr(case.config))
+                key += (repr(sorted(case.constants.items(), key=lambda item: item[0])),)
+                if key in found:
+                    old = found[key]
+                    found[key] = Job(*(getattr(old, f) for f in list(vars(old))[:-1]), (*old.labels, case.label))
+                    continue
+                counts[job.name] = counts.get(job.name, 0) + 1
+                if not fast or counts[job.name] <= FAST_CASES:
+                    found[key] = job
+    return list(found.values())
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile, and read what came out."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    backend, architecture, lanes = TARGETS[job.architecture]
+    signature = {name: job.signature.get(name, "constexpr") for name in job.kernel.arg_names}
+    constants = {(job.kernel.arg_names.index(name),): value for name, value in job.constants.items()}
+    for name, kind in signature.items():
+        if kind == "constexpr":
+            constants.setdefault((job.kernel.arg_names.index(name),), None)
+    source = ASTSource(job.kernel, signature, constants, attributes(job, signature))
+    options = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
+    start, found, warps, error = time.monotonic(), None, 0, ""
+    try:
+        compiled = triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=options)
+        seconds = time.monotonic() - start
+        found = resources(compiled, backend)
+        warps = resident_warps(found, job.config.num_warps, job.architecture)
+    except Exception as problem:
+        seconds = time.monotonic() - start
+        error = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)[:160]
+    blocks = {name: value for name, value in job.constants.items() if name.startswith("BLOCK")}
+    config = {**blocks, **dict(job.config.blocks), **options}
+    return Compiled(job.module, job.name, job.labels, job.architecture, config, seconds, found, warps, error)
+
+
+def attributes(job: Job, signature: dict) -> dict:
+    """What a launch with aligned tensors promises: pointers are multiples of 16 bytes, as torch allocates them."""
+    names = job.kernel.arg_names
+    return {
+        (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if str(kind).startswith("*")
+    }
+
+
+_JOBS: list[Job] = []  # inherited by forked workers: kernels cannot be pickled
+
+
+def _compile_index(index: int) -> tuple[int, Compiled]:
+    return index, compile_job(_JOBS[index])
+
+
+def compile_all(work: list[Job], processes: int, errors: Console) -> list[Compiled]:
+    """In the order of `work`."""
+    global _JOBS
+    _JOBS = work
+    found: dict[int, Compiled] = {}
+    with Progress(console=errors, transient=True) as progress:
+        task = progress.add_task("compiling", total=len(work))
+        if processes == 1:
+            for index in range(len(work)):
+                found[index] = compile_job(work[index])
+                progress.advance(task)
+        else:
+            with multiprocessing.get_context("fork").Pool(processes) as pool:
+                for index, compiled in pool.imap_unordered(_compile_index, range(len(work))):
+                    found[index] = compiled
+                    progress.advance(task)
+    return [found[index] for index in range(len(work))]
+
+
+def make_table(found: list[Compiled]) -> Table:
+    columns = ["kernel", "first case (of how many)", "GPU", "configuration", "regs", "spilled B", "shared B", "warps"]
+    columns += ["matrix instr.", "s"]
+    table = Table(title="kernels as compiled", title_justify="left", header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i > 3 else "left", overflow="fold", no_wrap=i in (2, 4, 5, 6, 7, 9))
+    for one in found:
+        label = one.labels[0] + (f" ({len(one.labels)})" if len(one.labels) > 1 else "")
+        config = " ".join(f"{name.removeprefix('num_')} {value}" for name, value in one.config.items())
+        head = [one.kernel, label, one.architecture, config]
+        if one.error:
+            table.add_row(*head, "", "", "", "", f"[red]{one.error}[/red]", f"{one.seconds:.1f}")
+            continue
+        r = one.resources
+        unknown = "–"
+        spilled = unknown if r.spilled_bytes is None else str(r.spilled_bytes)
+        matrix = " ".join(f"{n} {c}" for n, c in r.matrix.items()) if r.matrix is not None else unknown
+        table.add_row(
+            *head,
+            unknown if r.registers is None else str(r.registers),
+            f"[red]{spilled}[/red]" if one.spills else spilled,
+            str(r.shared_bytes),
+            str(one.warps) if one.warps else "[red]does not fit[/red]",
+            matrix,
+            f"{one.seconds:.1f}",
+        )
+    return table
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compile",
+        description="Registers, spills, shared memory, occupancy and matrix instructions of every kernel. Exit code 1 "
+        f"if a configuration spills, does not fit or does not compile for {' or '.join(TUNED)}.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only modules, kernels or cases that contain one")
+    parser.add_argument("--arch", action="append", help=f"{', '.join(TARGETS)}; commas or repeated; default: all")
+    parser.add_argument("--fast", action="store_true", help=f"for CI: {' and '.join(TUNED)}, {FAST_CASES} of a kernel")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="processes")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 1 for a spill where that is an error."""
+    options = parse(arguments)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 170)
+    try:
+        import triton  # noqa: F401
+    except ImportError as problem:
+        errors.print(f"error: Triton cannot be imported: {problem}", markup=False)
+        return 2
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        errors.print("error: TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled", markup=False)
+        return 2
+    architectures = [a for text in options.arch or () for a in text.split(",") if a]
+    architectures = architectures or list(TUNED if options.fast else TARGETS)
+    architectures = [a if a in TARGETS else f"sm_{a}" for a in architectures]
+    if unknown := [a for a in architectures if a not in TARGETS]:
+        errors.print(f"error: --arch {', '.join(unknown)}: there are {', '.join(TARGETS)}", markup=False)
+        return 2
+    if options.jobs < 1:
+        errors.print(f"error: --jobs must be positive, got {options.jobs}", markup=False)
+        return 2
+    if options.json and not options.json.absolute().parent.is_dir():
+        errors.print(f"error: --json {options.json}: there is no such folder", markup=False)
+        return 2
+    work = jobs(architectures, options.names, options.fast)
+    if not work:
+        errors.print(f"error: no kernel has a case like {', '.join(options.names) or 'this'}", markup=False)
+        return 2 if options.names else 0
+    with tempfile.TemporaryDirectory() as cache:  # what Triton has in its cache would take no time
+        os.environ["TRITON_CACHE_DIR"] = cache
+        found = compile_all(work, options.jobs, errors)
+    console.print(make_table(found))
+    for note in missing_tools():
+        console.print(note, markup=False, soft_wrap=True)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in found], indent=1))
+    bad = [one for one in found if one.architecture in TUNED and (one.spills or one.error or not one.warps)]
+    for one in bad:
+        why = one.error or (f"spills {one.resources.spilled_bytes} bytes" if one.spills else "does not fit")
+        console.print(f"{one.architecture} {one.kernel} {one.labels[0]}: {why}", markup=False, soft_wrap=True)
+    console.print(f"{len(found)} compiled, {len(bad)} spilling, failing or not fitting", markup=False)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

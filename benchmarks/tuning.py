@@ -1,0 +1,191 @@
+"""`python -m benchmarks tune OP`: measures launch configurations on the GPU that is there.
+
+A launch table is a function of `fastblocks.kernels.launch` that returns a `LaunchConfig` (alone, or first of a tuple).
+Each answer that a workload gets from a table is replaced by its neighbours, one answer at a time; a neighbour whose
+kernels spill or do not fit, as an ahead-of-time compilation says, is not launched, and one whose results are wrong is
+not timed.
+"""
+
+import argparse
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import suite, workloads
+from benchmarks.suite_table import seconds as show
+
+OPERATIONS = {
+    "rope_attention": ("att-freq", "att-time", "att-long", "att-huge"),
+    "grouped_gru": ("rnn-freq", "rnn-time", "rnn-wide-gru"),
+    "grouped_lstm": ("rnn-wide-lstm",),
+    "depthwise_conv_layer_norm": ("cnx-1d-conv", "cnx-2d-32-conv", "cnx-2d-64-conv", "cnx-2d-128-conv"),
+    "convnext_mlp": ("cnx-1d", "cnx-2d-32", "cnx-2d-64", "cnx-2d-128"),
+    "swiglu_mlp": ("rows-mlp-128", "rows-mlp-512"),
+    "swiglu": ("rows-swiglu-128", "rows-swiglu-512"),
+    "rms_norm": ("rows-norm-128", "rows-norm-512"),
+}
+WARPS, MOST_WARPS, MOST_STAGES, SMALLEST_BLOCK = (0.5, 1, 2), 16, 4, 8
+REACH = ("BLOCK", "RUN")  # names of constants that are tile sizes
+
+
+@dataclass(frozen=True)
+class Question:
+    """One call of a launch table."""
+
+    table: str
+    arguments: tuple
+    keywords: tuple
+
+    def __str__(self) -> str:
+        parts = [repr(a) for a in self.arguments] + [f"{name}={value!r}" for name, value in self.keywords]
+        return f"{self.table}({', '.join(parts)})"
+
+
+def tables() -> dict[str, Callable]:
+    """The public functions of the launch tables that answer with a configuration."""
+    from fastblocks.kernels import launch
+
+    found = {}
+    for name, function in inspect.getmembers(launch, inspect.isfunction):
+        answer = str(inspect.signature(function).return_annotation)
+        if "LaunchConfig" in answer and name != "config" and function.__module__ == launch.__name__:
+            found[name] = function
+    return found
+
+
+@contextmanager
+def overridden(answers: dict[Question, object], seen: dict[Question, object] | None = None) -> Iterator[None]:
+    """Within it, launch tables answer as `answers` say; what is asked, and the answer, is noted in `seen`."""
+    from fastblocks.kernels import launch
+
+    originals = tables()
+
+    def wrap(name: str, function: Callable) -> Callable:
+        def answer(*arguments, **keywords):
+            question = Question(name, arguments, tuple(sorted(keywords.items())))
+            result = function(*arguments, **keywords)
+            config = result[0] if isinstance(result, tuple) and not hasattr(result, "num_warps") else result
+            if seen is not None:
+                seen[question] = config
+            if question not in answers:
+                return result
+            chosen = answers[question]
+            return (chosen, *result[1:]) if config is not result else chosen
+
+        return answer
+
+    for name, function in originals.items():
+        setattr(launch, name, wrap(name, function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(launch, name, function)
+
+
+def neighbours(config) -> list:
+    """Half, same and double warps; one stage fewer, same and more; each tile size halved, same and doubled, one tile
+    size at a time. The configuration itself is not among them."""
+    warps = sorted({int(config.num_warps * f) for f in WARPS if 1 <= config.num_warps * f <= MOST_WARPS})
+    stages = [s for s in range(config.num_stages - 1, config.num_stages + 2) if 1 <= s <= MOST_STAGES]
+    tiles = [config.blocks]
+    for i, (name, size) in enumerate(config.blocks):
+        if name.startswith(REACH):
+            for other in (size // 2, size * 2):
+                if other >= SMALLEST_BLOCK:
+                    tiles.append((*config.blocks[:i], (name, other), *config.blocks[i + 1 :]))
+    product = itertools.product(tiles, warps, stages)
+    made = [replace(config, num_warps=w, num_stages=s, blocks=b) for b, w, s in product]
+    return [one for one in made if one != config]
+
+
+def objection(names: list[str], architecture: str) -> str:
+    """Why the compiler is against what the tables answer now; an empty string if it is not.
+
+    Args:
+        names: of workloads; only the cases whose labels begin with one are compiled.
+        architecture: a key of `compiling.TARGETS`.
+    """
+    from benchmarks.compiling import compile_job, jobs
+
+    for job in jobs([architecture], names, fast=False):
+        done = compile_job(job)
+        if done.error or done.spills or not done.warps:
+            return done.error or (f"{done.resources.spilled_bytes} bytes spilled" if done.spills else "does not fit")
+    return ""
+
+
+def entry(config, measured: float, before: float, device: str) -> str:
+    """The line to put into the table, with its measurement."""
+    blocks = "".join(f", {name}={size}" for name, size in config.blocks)
+    text = f"config({config.num_warps}, {config.num_stages}{blocks})"
+    return f"{text}  # {device}: {show(measured)}, before {show(before)}"
+
+
+def timed(workload: workloads.Workload, device: torch.device, dtype: str, seconds: float) -> tuple[float, str]:
+    """Median seconds of forward plus backward with this package, or infinity and why there is none."""
+    settings = suite.Settings(("training",), (dtype,), ("fused",), seconds, memory=False)
+    (row,) = suite.measure(workload, device, settings)
+    return (row.timing.median, "") if row.timing else (float("inf"), row.refused)
+
+
+def tune(workload: workloads.Workload, device: torch.device, options: argparse.Namespace, console: Console) -> None:
+    """Measure the neighbours of every configuration that a workload launches, and print what is better."""
+    from fastblocks.kernels import runtime
+
+    architecture, name = runtime.architecture(device), torch.cuda.get_device_name(device)
+    seen: dict[Question, object] = {}
+    with overridden({}, seen):
+        before, problem = timed(workload, device, options.dtype, options.seconds)
+    if problem:
+        console.print(f"{workload.name}: {problem}", markup=False)
+        return
+    table = Table(title=f"{workload.name} {options.dtype}: {show(before)}", title_justify="left")
+    for column in ("launch table", "configuration", "time", "× before"):
+        table.add_column(column)
+    for question, config in seen.items():
+        found = []
+        for candidate in neighbours(config)[: options.most]:
+            with overridden({question: candidate}):
+                against = objection([workload.name], architecture)
+                now, problem = float("inf"), against
+                if not against:
+                    now, problem = timed(workload, device, options.dtype, options.seconds)
+            found.append((now, candidate))
+            table.add_row(str(question), str(candidate.keywords()), problem or show(now), f"{before / now:.3f}")
+        best, winner = min(found, key=lambda pair: pair[0], default=(float("inf"), config))
+        if best < before / options.gain:
+            console.print(f"{question}\n    {entry(winner, best, before, name)}", markup=False, soft_wrap=True)
+        else:
+            console.print(f"{question}\n    keep {config.keywords()}", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks tune", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("operation", choices=tuple(OPERATIONS), metavar="OP", help=", ".join(OPERATIONS))
+    parser.add_argument("--workload", action="append", help="instead of all that go with the operation")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for the samples of a candidate; default: 0.2")
+    parser.add_argument("--most", type=int, default=24, help="candidates for each launch; default: 24")
+    parser.add_argument("--gain", type=float, default=1.03, help="how many times faster counts as better")
+    options = parser.parse_args(arguments)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    if not torch.cuda.is_available():
+        errors.print("error: tune measures on a GPU, and there is none; `compile` works without one", markup=False)
+        return 2
+    names = options.workload or list(OPERATIONS[options.operation])
+    chosen, unknown = workloads.select(workloads.all_workloads("full"), names)
+    if unknown:
+        errors.print(f"error: there is no workload {', '.join(unknown)}", markup=False)
+        return 2
+    for workload in [w for w in chosen if w.name in names]:
+        tune(workload, torch.device("cuda"), options, console)
+    return 0
