@@ -68,8 +68,14 @@ result=$work/result.json
 run() { timeout "$(left)" "$python" -m benchmarks.unattended --json "$result" --append --commit "$commit" "$@"; }
 # first what this package is measured by, then what has to be compiled for minutes
 run --provider eager,fused,fused-graph,block-diagonal,flashrnn,liger --seconds 0.4 --budget $(($(left) * 6 / 10)) || status=$?
-if [ "$(left)" -gt 40 ]; then
-  run --provider compile,flex,max-autotune --mode forward,training --seconds 0.3 --budget $(($(left) - 45)) || status=$?
+compiled=(att-freq att-time att-long cnx-1d cnx-2d-32 rows-norm-128 rows-mlp-128 band model-roformer model-unet)
+if [ "$(left)" -gt 60 ]; then
+  run --provider compile,flex --mode forward,training --seconds 0.3 --budget $(($(left) - 50)) "${compiled[@]}" ||
+    status=$?
+fi
+if [ "$(left)" -gt 60 ]; then
+  run --provider max-autotune --mode forward,training --seconds 0.3 --budget $(($(left) - 50)) cnx-1d cnx-2d-32 ||
+    status=$?
 fi
 
 if [ -f "$result" ]; then

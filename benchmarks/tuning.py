@@ -9,6 +9,7 @@ not timed.
 import argparse
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,11 +53,22 @@ def tables() -> dict[str, Callable]:
     from fastblocks.kernels import launch
 
     found = {}
-    for name, function in inspect.getmembers(launch, inspect.isfunction):
-        answer = str(inspect.signature(function).return_annotation)
-        if "LaunchConfig" in answer and name != "config" and function.__module__ == launch.__name__:
+    for name, function in vars(launch).items():
+        plain = inspect.unwrap(function) if callable(function) else None  # some are cached
+        if not inspect.isfunction(plain) or plain.__module__ != launch.__name__ or name.startswith("_"):
+            continue
+        if "LaunchConfig" in str(inspect.signature(plain).return_annotation) and name != "config":
             found[name] = function
     return found
+
+
+def forget_plans() -> None:
+    """Launchers may keep what follows from shapes and launch tables."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastblocks.kernels."):
+            for value in list(vars(module).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()
 
 
 @contextmanager
@@ -82,16 +94,18 @@ def overridden(answers: dict[Question, object], seen: dict[Question, object] | N
 
     for name, function in originals.items():
         setattr(launch, name, wrap(name, function))
+    forget_plans()
     try:
         yield
     finally:
         for name, function in originals.items():
             setattr(launch, name, function)
+        forget_plans()
 
 
 def neighbours(config) -> list:
     """Half, same and double warps; one stage fewer, same and more; each tile size halved, same and doubled, one tile
-    size at a time. The configuration itself is not among them."""
+    size at a time. The configuration itself is not among them; what differs in least comes first."""
     warps = sorted({int(config.num_warps * f) for f in WARPS if 1 <= config.num_warps * f <= MOST_WARPS})
     stages = [s for s in range(config.num_stages - 1, config.num_stages + 2) if 1 <= s <= MOST_STAGES]
     tiles = [config.blocks]
@@ -102,19 +116,40 @@ def neighbours(config) -> list:
                     tiles.append((*config.blocks[:i], (name, other), *config.blocks[i + 1 :]))
     product = itertools.product(tiles, warps, stages)
     made = [replace(config, num_warps=w, num_stages=s, blocks=b) for b, w, s in product]
-    return [one for one in made if one != config]
+    return sorted((one for one in made if one != config), key=lambda one: distance(one, config))
 
 
-def objection(names: list[str], architecture: str) -> str:
+def distance(one, other) -> int:
+    """In how many parameters two configurations differ."""
+    return sum(a != b for a, b in zip(one.keywords().values(), other.keywords().values(), strict=True))
+
+
+def compiled_cases(workload: str, architecture: str) -> dict[str, object]:
+    """What is compiled for a workload, by what tells one compilation from another.
+
+    Kernels label their cases with the workload's name or the start of it.
+    """
+    from benchmarks.compiling import jobs
+
+    parts = workload.split("-")
+    for length in range(len(parts), 0, -1):
+        if found := jobs([architecture], ["-".join(parts[:length])], fast=False):
+            return {f"{job.name} {job.signature} {job.constants} {job.config}": job for job in found}
+    return {}
+
+
+def objection(workload: str, architecture: str, known: dict[str, object]) -> str:
     """Why the compiler is against what the tables answer now; an empty string if it is not.
 
     Args:
-        names: of workloads; only the cases whose labels begin with one are compiled.
+        workload: its name.
         architecture: a key of `compiling.TARGETS`.
+        known: the cases that are compiled anyway.
     """
-    from benchmarks.compiling import compile_job, jobs
+    from benchmarks.compiling import compile_job
 
-    for job in jobs([architecture], names, fast=False):
+    changed = [job for key, job in compiled_cases(workload, architecture).items() if key not in known]
+    for job in changed:
         done = compile_job(job)
         if done.error or done.spills or not done.warps:
             return done.error or (f"{done.resources.spilled_bytes} bytes spilled" if done.spills else "does not fit")
@@ -141,6 +176,7 @@ def tune(workload: workloads.Workload, device: torch.device, options: argparse.N
 
     architecture, name = runtime.architecture(device), torch.cuda.get_device_name(device)
     seen: dict[Question, object] = {}
+    known = compiled_cases(workload.name, architecture)
     with overridden({}, seen):
         before, problem = timed(workload, device, options.dtype, options.seconds)
     if problem:
@@ -153,7 +189,7 @@ def tune(workload: workloads.Workload, device: torch.device, options: argparse.N
         found = []
         for candidate in neighbours(config)[: options.most]:
             with overridden({question: candidate}):
-                against = objection([workload.name], architecture)
+                against = objection(workload.name, architecture, known)
                 now, problem = float("inf"), against
                 if not against:
                     now, problem = timed(workload, device, options.dtype, options.seconds)

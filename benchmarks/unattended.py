@@ -5,10 +5,13 @@ Elsewhere `python -m benchmarks` does the same, with a table.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that measures memory would talk on stderr
 
 import torch
 
@@ -91,7 +94,10 @@ def measure_all(
         if options.budget and time.monotonic() - start > options.budget:
             found = left_out(workload, settings, "the time budget was spent")
         else:
-            found = [row.as_json() for row in suite.measure(workload, device, settings)]
+            try:
+                found = [row.as_json() for row in suite.measure(workload, device, settings)]
+            except Exception as problem:  # the other workloads shall not be lost with it
+                found = left_out(workload, settings, suite.reason(problem))
         rows += found
         document["rows"] = results.merge(old, rows)
         if options.json:
