@@ -56,7 +56,7 @@ def resources(compiled, backend: str) -> Resources:
     shared = compiled.metadata.shared
     if backend == "hip":
         text = compiled.asm["amdgcn"]
-        spilled = 4 * _number(text, "vgpr_spill_count") + _number(text, "private_segment_fixed_size")
+        spilled = _number(text, "private_segment_fixed_size")  # scratch of a lane; nothing else uses any
         registers = _number(text, "vgpr_count") + _number(text, "agpr_count") * ("vgpr_count" not in text)
         return Resources(registers, spilled, shared, _count(AMD_MATRIX, text))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -14,6 +14,7 @@ total=530 # seconds for everything
 tests=150 # of them for the tests
 started=$SECONDS
 left() { echo $((total - SECONDS + started)); }
+say() { echo "[$((SECONDS - started)) s] $*"; }
 
 # the package as an installation lays it out, beside what measures it: `kernels` becomes fastblocks.kernels
 work=$(mktemp -d)
@@ -54,7 +55,8 @@ else
       skip+=("--ignore=$file")
     done
   fi
-  timeout "$tests" "$python" -m pytest tests/kernels -q -x --maxfail=20 -p no:cacheprovider "${skip[@]}"
+  say "tests/kernels"
+  timeout -k 5 "$tests" "$python" -m pytest tests/kernels -q -x --maxfail=20 -p no:cacheprovider "${skip[@]}"
   status=$?
   case $status in
     0) ;;
@@ -65,18 +67,22 @@ else
 fi
 
 result=$work/result.json
-run() { timeout "$(left)" "$python" -m benchmarks.unattended --json "$result" --append --commit "$commit" "$@"; }
+run() { # a share of the time that is left, in percent; then what the suite takes
+  local share=$1
+  shift
+  say "workloads: $*"
+  if [ "$(left)" -lt 60 ]; then
+    say "left out: no time"
+    return 1
+  fi
+  timeout -k 5 "$(($(left) - 10))" "$python" -m benchmarks.unattended --json "$result" --append --commit "$commit" \
+    --budget $((($(left) - 40) * share / 100)) "$@"
+}
 # first what this package is measured by, then what has to be compiled for minutes
-run --provider eager,fused,fused-graph,block-diagonal,flashrnn,liger --seconds 0.4 --budget $(($(left) * 6 / 10)) || status=$?
-compiled=(att-freq att-time att-long cnx-1d cnx-2d-32 rows-norm-128 rows-mlp-128 band model-roformer model-unet)
-if [ "$(left)" -gt 60 ]; then
-  run --provider compile,flex --mode forward,training --seconds 0.3 --budget $(($(left) - 50)) "${compiled[@]}" ||
-    status=$?
-fi
-if [ "$(left)" -gt 60 ]; then
-  run --provider max-autotune --mode forward,training --seconds 0.3 --budget $(($(left) - 50)) cnx-1d cnx-2d-32 ||
-    status=$?
-fi
+run 65 --provider eager,fused,fused-graph,block-diagonal,flashrnn,liger --seconds 0.4 || status=$?
+run 80 --provider compile,flex --mode forward,training --seconds 0.3 att-freq att-time att-long cnx-1d cnx-2d-32 \
+  rows-norm-128 rows-mlp-128 band model-roformer model-unet || status=$?
+run 100 --provider max-autotune --mode forward,training --seconds 0.3 cnx-1d cnx-2d-32 || status=$?
 
 if [ -f "$result" ]; then
   path=$("$python" -c 'import sys; from pathlib import Path; from benchmarks import results as r

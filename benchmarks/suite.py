@@ -20,6 +20,7 @@ from benchmarks.workloads import Workload
 TOLERANCE = 1.5  # times eager's own error in the same dtype, plus one rounding
 ALONE = 8  # roundings, where eager cannot run to be compared with
 HOST_CALLS = 8
+LEAST = 3  # samples
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,9 @@ def _time(ready: dict[str, Row], runners: dict, mode: str, workload: Workload, d
             del ready[provider]
     runs = {provider: partial(runners[provider].run, mode) for provider in ready}
     before = {provider: partial(runners[provider].prepare, mode) for provider in ready}
-    for provider, timing in interleaved(runs, settings.seconds, clock=clock_of(device), before=before).items():
+    for provider, timing in interleaved(
+        runs, settings.seconds, least=LEAST, clock=clock_of(device), before=before
+    ).items():
         ready[provider].timing = timing
 
 

@@ -173,6 +173,14 @@ def run_python(*arguments):
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_on_device_says_that_there_is_no_gpu():
+    script = Path(__file__).parents[2] / "benchmarks" / "on_device.sh"
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 2 and "no GPU" in done.stderr
+
+
 def test_torchrun_counts_steps():
     arguments = ("--nproc-per-node", "2", "-m", "benchmarks", "model-rnn", "--size", "toy", "--steps", "1")
     done = run_python("-m", "torch.distributed.run", *arguments, "--provider", "fused")
