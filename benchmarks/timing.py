@@ -68,7 +68,8 @@ def interleaved(
     clock: Callable[[Run], float] = wall_clock,
     before: dict[str, Run] | None = None,
 ) -> dict[str, Timing]:
-    """Time runs in turn, A B A B …: whatever slows the machine down for a while slows all of them.
+    """Time runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
+    always finds the memory as the same other one left it.
 
     Args:
         runs: name -> what to time; each has run before.
@@ -85,7 +86,7 @@ def interleaved(
         for count in range(MAX_SAMPLES):
             if count >= least and time.perf_counter() - start > seconds:
                 break
-            for name, run in runs.items():
+            for name, run in list(runs.items())[:: -1 if count % 2 else 1]:
                 if before:
                     before[name]()
                 samples[name].append(clock(run))
