@@ -85,8 +85,9 @@ run 80 --provider compile,flex --mode forward,training --seconds 0.3 att-freq at
 run 100 --provider max-autotune --mode forward,training --seconds 0.3 cnx-1d cnx-2d-32 || status=$?
 
 if [ -f "$result" ]; then
-  path=$("$python" -c 'import sys; from pathlib import Path; from benchmarks import results as r
-print(r.default_path(r.read(Path(sys.argv[1]))).relative_to(r.RESULTS))' "$result")
+  path=$("$python" -c 'import json, sys
+d = json.load(open(sys.argv[1]))
+print(d["kind"] + "/" + d["date"][:10] + "-" + d["commit"].rstrip("+") + ".json")' "$result")
   if [ -n "${OUT:-}" ]; then target=$OUT/$(basename "$path"); else target=$root/benchmarks/results/$path; fi
   mkdir -p "$(dirname "$target")" && cp "$result" "$target" && echo "written: $target"
 fi
