@@ -63,6 +63,7 @@ class Job:
     constants: dict
     config: object
     architecture: str
+    divisible: tuple[str, ...]
     labels: tuple[str, ...]
 
     @property
@@ -94,7 +95,10 @@ def jobs(architectures: list[str], names: list[str], fast: bool) -> list[Job]:
         for architecture in architectures:
             counts: dict[str, int] = {}
             for case in cases_of(function, architecture):
-                job = Job(module, case.kernel, case.signature, case.constants, case.config, architecture, (case.label,))
+                job = Job(
+                    module, case.kernel, case.signature, case.constants, case.config, architecture, case.divisible,
+                    (case.label,),
+                )  # fmt: skip
                 if names and not any(n.lower() in f"{module} {job.name} {case.label}".lower() for n in names):
                     continue
                 key = (architecture, module, job.name, repr(sorted(case.signature.items())), repr(case.config))
@@ -138,11 +142,10 @@ def compile_job(job: Job) -> Compiled:
 
 
 def attributes(job: Job, signature: dict) -> dict:
-    """What a launch with aligned tensors promises: pointers are multiples of 16 bytes, as torch allocates them."""
+    """What a launch promises: pointers are multiples of 16 bytes, as torch allocates them, and so are some integers."""
     names = job.kernel.arg_names
-    return {
-        (names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if str(kind).startswith("*")
-    }
+    aligned = [name for name, kind in signature.items() if str(kind).startswith("*") or name in job.divisible]
+    return {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
 
 
 _JOBS: list[Job] = []  # inherited by forked workers: kernels cannot be pickled

@@ -344,4 +344,5 @@ def aot_cases(architecture: str = "sm_90", dtypes: tuple = (torch.bfloat16, torc
                     for name in kernel.arg_names
                 }
                 label = f"{workload} {ELEMENTS[dtype]}{' registers out' if registers_out else ''}: {name}"
-                yield launch.CompileCase(label, kernel, signature, constants, launch.config(**keywords))
+                strides = tuple(argument for argument in signature if argument.startswith("stride_"))
+                yield launch.CompileCase(label, kernel, signature, constants, launch.config(**keywords), strides)

@@ -38,6 +38,7 @@ class CompileCase:
     signature: dict[str, str]
     constants: dict[str, object]
     config: LaunchConfig
+    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16 there, which a launch finds out
 
 
 # Recurrences. `units` is the tile's width, a power of two from 16 on; `fused` says that the input's projection and all
@@ -63,7 +64,7 @@ RECURRENT_BACKWARD = {
 # By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
 RECURRENT_BACKWARD_FUSED = {
     (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers, two groups of 8 units 254
-    (16, True): config(2, 2, BLOCK_B=16, TRANSPOSED=1),  # at one warp two groups of 8 units spill
+    (16, True): config(4, 2, BLOCK_B=16, TRANSPOSED=1),  # two warps spill 8 bytes on sm_80 with two groups of 8 units
     (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would repeat two others
     (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0),
 }
