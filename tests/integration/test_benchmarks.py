@@ -79,7 +79,7 @@ def test_recorded_numbers(kit):
 def test_interleaved_takes_the_runs_in_turn():
     order = []
     timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
-    assert order == ["a", "b"] * 3
+    assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(t.samples) for t in timings.values()] == [3, 3]
 
 

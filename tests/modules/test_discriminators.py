@@ -101,8 +101,10 @@ small_cases = pytest.mark.parametrize("case", CASES[2:], ids=lambda case: case.n
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_and_every_gradient(case, norm, training):
+    """Spectral norm takes the component along the weight out of its gradient. Of a convolution with one channel of
+    output that may be nearly all of it, so with the norm gradients are held jointly; `test_in_float64` holds each."""
     module = case.module(norm=norm).train(training)
-    check(module, partial(case.reference, training=training), case.clip(), terms=case.terms)
+    check(module, partial(case.reference, training=training), case.clip(), terms=case.terms, jointly=norm)
 
 
 @small_cases
