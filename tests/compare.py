@@ -10,6 +10,8 @@ ROUNDING = {
     dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 }
 FACTOR = 1.5  # a kernel may be this much worse than eager PyTorch in the same dtype
+# Triton's interpreter rounds each product and each sum of float32, PyTorch fuses the two: twice the variance.
+INTERPRETED_FLOAT32 = 1.0 if torch.cuda.is_available() else math.sqrt(2)
 
 
 def _factor(numbers: int) -> float:
@@ -29,10 +31,8 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 def assert_as_exact(got: Tensor, eager: Tensor, reference: Tensor, what: str = "result") -> None:
     """`got` is within FACTOR of eager's own error against the float64 reference, in eager's dtype."""
     assert got.dtype == eager.dtype, f"{what}: dtype {got.dtype}, eager gives {eager.dtype}"
-    error, allowed = (
-        relative_error(got, reference),
-        _factor(got.numel()) * relative_error(eager, reference) + ROUNDING[eager.dtype],
-    )
+    factor = _factor(got.numel()) * (INTERPRETED_FLOAT32 if got.dtype == torch.float32 else 1.0)
+    error, allowed = relative_error(got, reference), factor * relative_error(eager, reference) + ROUNDING[eager.dtype]
     assert error <= allowed, f"{what}: error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -1,6 +1,7 @@
 """What every test shares: the device, the interpreter, seeds, poisoned memory."""
 
 import os
+import zlib
 
 import torch
 
@@ -22,7 +23,8 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _fresh_random_inputs(request):
-    torch.manual_seed(torch.seed() % 2**31)  # new inputs every run; the seed is printed where a test fails
+    # New inputs every run; the seed is printed where a test fails. Under CI the same inputs for the same commit.
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if os.environ.get("CI") else torch.seed() % 2**31)
     request.node.user_properties.append(("torch_seed", torch.initial_seed()))
 
 
