@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastblocks/__init__.py").read_text(), re.MULTILINE)[1]
@@ -26,11 +26,9 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=[
-        "fastblocks",
-        "fastblocks.generator",
-        "fastblocks.discriminator",
-        "fastblocks.eager",
+        *find_packages(include=["fastblocks", "fastblocks.*"]),
         "fastblocks.kernels",
+        *(f"fastblocks.kernels.{name}" for name in find_packages("kernels")),
     ],
     # A top-level package called `kernels` would overwrite Hugging Face's package of that name.
     package_dir={"fastblocks.kernels": "kernels"},

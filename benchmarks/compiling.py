@@ -75,11 +75,11 @@ def modules() -> Iterator[tuple[str, object]]:
     """Modules below `fastblocks.kernels` that define `aot_cases` themselves."""
     import fastblocks.kernels as package
 
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        module = importlib.import_module(info.name)
         function = getattr(module, "aot_cases", None)
         if function and function.__module__ == module.__name__:
-            yield info.name, function
+            yield info.name.removeprefix(f"{package.__name__}."), function
 
 
 def cases_of(function, architecture: str) -> Iterator:

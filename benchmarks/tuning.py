@@ -1,14 +1,16 @@
 """`python -m benchmarks tune OP`: measures launch configurations on the GPU that is there.
 
-A launch table is a function of `fastblocks.kernels.launch` that returns a `LaunchConfig` (alone, or first of a tuple).
+A launch table is a function of a family's `config` module that returns a `LaunchConfig` (alone, or first of a tuple).
 Each answer that a workload gets from a table is replaced by its neighbours, one answer at a time; a neighbour whose
 kernels spill or do not fit, as an ahead-of-time compilation says, is not launched, and one whose results are wrong is
 not timed.
 """
 
 import argparse
+import importlib
 import inspect
 import itertools
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,17 +50,22 @@ class Question:
         return f"{self.table}({', '.join(parts)})"
 
 
-def tables() -> dict[str, Callable]:
-    """The public functions of the launch tables that answer with a configuration."""
-    from fastblocks.kernels import launch
+def tables() -> dict[str, tuple[object, str, Callable]]:
+    """The public functions of the families' `config` modules that answer with a configuration: module, name, function
+    by `family.name`."""
+    import fastblocks.kernels as package
 
     found = {}
-    for name, function in vars(launch).items():
-        plain = inspect.unwrap(function) if callable(function) else None  # some are cached
-        if not inspect.isfunction(plain) or plain.__module__ != launch.__name__ or name.startswith("_"):
+    for info in pkgutil.iter_modules(package.__path__):
+        if not info.ispkg:
             continue
-        if "LaunchConfig" in str(inspect.signature(plain).return_annotation) and name != "config":
-            found[name] = function
+        module = importlib.import_module(f"{package.__name__}.{info.name}.config")
+        for name, function in vars(module).items():
+            plain = inspect.unwrap(function) if callable(function) else None  # some are cached
+            if not inspect.isfunction(plain) or plain.__module__ != module.__name__ or name.startswith("_"):
+                continue
+            if "LaunchConfig" in str(inspect.signature(plain).return_annotation):
+                found[f"{info.name}.{name}"] = module, name, function
     return found
 
 
@@ -74,8 +81,6 @@ def forget_plans() -> None:
 @contextmanager
 def overridden(answers: dict[Question, object], seen: dict[Question, object] | None = None) -> Iterator[None]:
     """Within it, launch tables answer as `answers` say; what is asked, and the answer, is noted in `seen`."""
-    from fastblocks.kernels import launch
-
     originals = tables()
 
     def wrap(name: str, function: Callable) -> Callable:
@@ -92,14 +97,14 @@ def overridden(answers: dict[Question, object], seen: dict[Question, object] | N
 
         return answer
 
-    for name, function in originals.items():
-        setattr(launch, name, wrap(name, function))
+    for table, (module, name, function) in originals.items():
+        setattr(module, name, wrap(table, function))
     forget_plans()
     try:
         yield
     finally:
-        for name, function in originals.items():
-            setattr(launch, name, function)
+        for module, name, function in originals.values():
+            setattr(module, name, function)
         forget_plans()
 
 

@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from fastblocks.eager._derivatives import in_function_transform
+from fastblocks.eager.derivatives import in_function_transform
 
 BACKENDS = ("auto", "triton", "eager")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -92,36 +92,36 @@ def _kernel_runtime() -> "tuple[ModuleType | None, str]":
     return runtime, ""
 
 
-def decide(operation: str, tensor: torch.Tensor, obstacle: Callable[[], str] | None = None) -> bool:
+def decide(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[], str] | None = None) -> bool:
     """True if the Triton kernel runs this call of `operation`, False if PyTorch does.
 
     Args:
         operation: the name of the function in `fastblocks.functional`.
         tensor: its main input; device and dtype are read from it.
-        obstacle: called last; says why the kernel does not take this call, or returns an empty string. It may import
-            the kernel, which is there by then. None where the operation has no kernel.
+        unsupported_reason: called last; says why the kernel does not take this call, or returns an empty string. It
+            may import the kernel, which is there by then. None where the operation has no kernel.
 
     Raises:
         RuntimeError: under "triton", if Triton cannot run on this machine or on the tensor's device.
     """
-    reason = _reason_against(operation, tensor, obstacle)
+    reason = _reason_against(operation, tensor, unsupported_reason)
     if _decisions is not None:
         _decisions.append(Decision(operation, "eager" if reason else "triton", reason))
     return not reason
 
 
-def _reason_against(operation: str, tensor: torch.Tensor, obstacle: Callable[[], str] | None) -> str:
+def _reason_against(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[], str] | None) -> str:
     if _selected == "eager":
         return "the backend 'eager' is selected"
     if _selected == "auto" and not tensor.is_cuda:  # the common case on a CPU, before anything is imported
         return f"the input is on {tensor.device.type}, Triton needs a GPU"
     runtime, problem = _kernel_runtime()
-    problem = problem or runtime.obstacle(tensor.device)
+    problem = problem or runtime.unsupported_reason(tensor.device)
     if problem:
         if _selected == "triton":
             raise RuntimeError(f"{operation}: the backend 'triton' is selected, but {problem}")
         return problem
-    if obstacle is None:
+    if unsupported_reason is None:
         return "it has no kernel"
     if tensor.dtype not in KERNEL_DTYPES:
         return f"no kernel for {str(tensor.dtype).removeprefix('torch.')}"
@@ -129,7 +129,7 @@ def _reason_against(operation: str, tensor: torch.Tensor, obstacle: Callable[[],
         return "a function transform (vmap, grad, jvp) is active"
     if tensor.numel() == 0:
         return "the input is empty"
-    return obstacle()
+    return unsupported_reason()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastblocks.eager import band as eager_band
+from fastblocks.eager import bands as eager_bands
 
 
 class Fourier(nn.Module):
@@ -193,7 +193,7 @@ class Band(nn.Module):
             raise ValueError(f"scale must be 'mel' or 'linear', got {scale!r}")
         self.in_channels, self.out_channels = in_channels, out_channels
         filters = mel_filterbank(sr, n_fft, bands_num) if scale == "mel" else linear_filterbank(n_fft, bands_num)
-        self.ranges = eager_band.ranges(filters)
+        self.ranges = eager_bands.ranges(filters)
         if empty := [k for k, (start, end) in enumerate(self.ranges) if start == end]:
             warnings.warn(
                 f"{len(empty)} of {bands_num} bands cover no bin of an n_fft of {n_fft} at {sr} Hz and give their bias "
@@ -222,7 +222,7 @@ class Band(nn.Module):
         """
         if x.dim() != 4 or x.shape[1] != self.bins or x.shape[3] != self.in_channels:
             raise ValueError(f"split needs x of shape (B, {self.bins}, T, {self.in_channels}), got {tuple(x.shape)}")
-        return eager_band.split(x, self.ranges, self.pre_bandnet.weight, self.pre_bandnet.bias)
+        return eager_bands.split(x, self.ranges, self.pre_bandnet.weight, self.pre_bandnet.bias)
 
     def unsplit(self, x: Tensor) -> Tensor:
         """(B, out_channels, T, K) -> (B, F, T, in_channels): overlapping bands add up, divided by `ola_window`.
@@ -234,5 +234,5 @@ class Band(nn.Module):
             raise ValueError(
                 f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
             )
-        y = eager_band.unsplit(x, self.ranges, self.post_bandnet.weight, self.post_bandnet.bias, self.bins)
+        y = eager_bands.unsplit(x, self.ranges, self.post_bandnet.weight, self.post_bandnet.bias, self.bins)
         return y / self.ola_window[:, None, None]

@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "architecture", "multiprocessors", "obstacle", "tl", "triton"]
+__all__ = ["INTERPRETED", "architecture", "multiprocessors", "tl", "triton", "unsupported_reason"]
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it has to be set before this module is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
-def obstacle(device: torch.device) -> str:
+def unsupported_reason(device: torch.device) -> str:
     """Why no kernel can run on this device; an empty string if one can."""
     if INTERPRETED or device.type == "cuda":
         return ""

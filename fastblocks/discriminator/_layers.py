@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 
-from fastblocks.eager._derivatives import by_formula, must_trace
+from fastblocks.eager.derivatives import by_formula, must_trace
 from fastblocks.spectral_ops import short_time_spectrum
 
 Scores = list[Tensor]

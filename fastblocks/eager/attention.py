@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastblocks.eager._derivatives import by_formula, must_trace
+from fastblocks.eager.derivatives import by_formula, must_trace
 
-# Queries of a block see block + 2 · reach keys, so larger blocks waste more of them and smaller ones leave the products
-# small. On a CPU (2 cores, D 32, reach 32, forward + backward): 32 queries 78 ms, 64 55 ms, 128 59 ms, 256 86 ms.
+# Queries of a block see block + 2 · half_window keys: larger blocks waste more of them, smaller ones leave the products
+# small. On a CPU (2 cores, D 32, half_window 32, forward + backward): 32 queries 78 ms, 64 55 ms, 128 59 ms, 256 86 ms.
 _MIN_BLOCK, _MAX_BLOCK = 64, 512
 
 
@@ -64,20 +64,20 @@ def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | Non
     return _attend(q, k, v, None)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, reach: int) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, half_window: int) -> Tensor:
     """Blocks of queries, each against its own stretch of keys and the registers."""
     batch, heads, length, _ = q.shape
-    block = min(max(_MIN_BLOCK, reach), _MAX_BLOCK, length)
+    block = min(max(_MIN_BLOCK, half_window), _MAX_BLOCK, length)
     blocks = -(-length // block)
     tail = blocks * block - length
-    span = block + 2 * reach
+    span = block + 2 * half_window
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
-    k = _stretches(k, reach, tail, span, block, k_r)
-    v = _stretches(v, reach, tail, span, block, v_r)
+    k = _stretches(k, half_window, tail, span, block, k_r)
+    v = _stretches(v, half_window, tail, span, block, v_r)
     offs_q = torch.arange(block, device=q.device)[:, None]
-    offs_k = torch.arange(span, device=q.device) - reach
+    offs_k = torch.arange(span, device=q.device) - half_window
     start = torch.arange(blocks, device=q.device)[:, None, None] * block
-    seen = ((offs_q - offs_k).abs() <= reach) & (start + offs_k >= 0) & (start + offs_k < length)
+    seen = ((offs_q - offs_k).abs() <= half_window) & (start + offs_k >= 0) & (start + offs_k < length)
     seen = seen | (start + offs_q >= length)  # rows past the end are cut off; let them see, or they are NaN
     if k_r is not None:
         seen = F.pad(seen, (k_r.shape[2], 0), value=True)
@@ -86,9 +86,10 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor |
     return y.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
 
 
-def _stretches(x: Tensor, reach: int, tail: int, span: int, block: int, registers: Tensor | None) -> Tensor:
-    """(B, H, T, D) -> (B, H, blocks, R + span, D): the registers, then the tokens from `reach` before each block."""
-    x = F.pad(x, (0, 0, reach, reach + tail)).unfold(2, span, block).transpose(-1, -2)
+def _stretches(x: Tensor, half_window: int, tail: int, span: int, block: int, registers: Tensor | None) -> Tensor:
+    """(B, H, T, D) -> (B, H, blocks, R + span, D): the registers, then the tokens from
+    `half_window` before each block on."""
+    x = F.pad(x, (0, 0, half_window, half_window + tail)).unfold(2, span, block).transpose(-1, -2)
     if registers is None:
         return x
     return torch.cat((registers.unsqueeze(2).expand(-1, -1, x.shape[2], -1, -1), x), 3)

@@ -1,4 +1,4 @@
-"""Depthwise convolution followed by layer normalization over channels."""
+"""Depthwise convolution with layer normalization over channels; Linear, GELU, Linear."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,3 +25,10 @@ def depthwise_conv_layer_norm(
     convolve = _CONV[x.dim() - 2, transposed]
     y = convolve(x, weight, bias, stride=stride, padding=padding, groups=x.shape[1], **extra).movedim(1, -1)
     return F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps).to(y.dtype)
+
+
+def convnext_mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor | None
+) -> Tensor:
+    y = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2).movedim(-1, 1)
+    return y.contiguous() if residual is None else residual + y

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastblocks.eager._derivatives import by_formula, in_function_transform
+from fastblocks.eager.derivatives import by_formula, in_function_transform
 
 # One recurrence with block-diagonal weights costs G times the products of G small ones, and a G-th of their steps. On a
 # GPU the products of a step are free up to about this many hidden units (a prediction, not a measurement).

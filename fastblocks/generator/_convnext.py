@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblocks import functional
+from fastblocks.functional.convnext import conv_output_size
 from fastblocks.generator._layers import RMSNorm
 
 MODES = ("normal", "transposed")
@@ -119,7 +120,7 @@ class ConvNeXtBlock(nn.Module):
         if isinstance(original_shape, int):
             original_shape = (original_shape,)
         wanted = None if original_shape is None else tuple(int(size) for size in original_shape)
-        sizes = functional.conv_output_size(tuple(x.shape[2:]), self.stride, self.transposed, wanted)
+        sizes = conv_output_size(tuple(x.shape[2:]), self.stride, self.transposed, wanted)
         return self._forward_msrkit(x, sizes) if self.variant == "msrkit" else self._forward_convnext(x, sizes)
 
     def _forward_convnext(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -207,12 +207,12 @@ def test_resident_warps():
 def test_launch_tables_can_be_overridden():
     from fastblocks.kernels import launch
 
-    (name, function), *_ = tuning.tables().items()
+    (module, name, function), *_ = tuning.tables().values()
     config = launch.config(4, 2, BLOCK_M=64)
     near = tuning.neighbours(config)
     assert config not in near and launch.config(8, 2, BLOCK_M=64) in near and launch.config(4, 2, BLOCK_M=32) in near
     assert all(one.num_warps in (2, 4, 8) and one.num_stages in (1, 2, 3) for one in near)
     with tuning.overridden({}):
-        assert getattr(launch, name) is not function
-    assert getattr(launch, name) is function
+        assert getattr(module, name) is not function
+    assert getattr(module, name) is function
     assert tuning.entry(config, 1e-5, 2e-5, "X") == "config(4, 2, BLOCK_M=64)  # X: 10.0 µs, before 20.0 µs"

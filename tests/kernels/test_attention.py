@@ -10,7 +10,8 @@ from tests.reference import attention as reference
 
 pytest.importorskip("triton")
 
-from fastblocks.kernels import attention, attention_launchers, launch
+from fastblocks.kernels.attention import config, launchers
+from fastblocks.kernels.attention import operator as attention
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -72,12 +73,12 @@ def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=Fals
 @pytest.fixture
 def blocks(monkeypatch):
     """Short sequences through the kernels for long ones, with a pass that rotates and several chunks where they may."""
-    monkeypatch.setattr(launch, "attention_is_whole", lambda *_: False)
-    monkeypatch.setattr(attention_launchers, "CHUNK", 64)
-    monkeypatch.setattr(attention_launchers, "ROTATE_FROM", 128)
-    attention_launchers._plan.cache_clear()
+    monkeypatch.setattr(config, "is_short", lambda *_: False)
+    monkeypatch.setattr(launchers, "CHUNK", 64)
+    monkeypatch.setattr(launchers, "ROTATE_FROM", 128)
+    launchers._plan.cache_clear()
     yield
-    attention_launchers._plan.cache_clear()
+    launchers._plan.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 127, 129, 200])
@@ -246,16 +247,16 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
             if "bfloat16" not in reason:
                 functional.rope_attention(x, table, 1, register_qkv=registers)
             else:
-                assert reason in attention.obstacle(x, table, 1, registers)
+                assert reason in attention.unsupported_reason(x, table, 1, registers)
                 continue
         assert decisions[0].backend == "eager" and reason in decisions[0].reason, decisions
 
 
 def test_two_tiles_hold_the_keys():
     for rows in range(1, 400):
-        a, b = attention_launchers.whole_tiles(rows)
-        assert a + b >= rows and a <= attention_launchers._tile(rows) and a + b <= attention_launchers._tile(rows)
-    assert attention_launchers.whole_tiles(282) == (256, 32) and attention_launchers.whole_tiles(64) == (64, 0)
+        a, b = launchers.whole_tiles(rows)
+        assert a + b >= rows and a <= launchers._tile(rows) and a + b <= launchers._tile(rows)
+    assert launchers.whole_tiles(282) == (256, 32) and launchers.whole_tiles(64) == (64, 0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: larger than the interpreter can walk")

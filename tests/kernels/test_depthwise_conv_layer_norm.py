@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from fastblocks import backend
-from fastblocks.functional import conv_output_size, depthwise_conv_layer_norm
+from fastblocks.functional import depthwise_conv_layer_norm
+from fastblocks.functional.convnext import conv_output_size
 from tests.compare import assert_as_exact, assert_close
 from tests.reference import convnext as reference
 
@@ -246,7 +247,7 @@ def test_second_derivatives(device):
 
 
 def test_folded_affine_gives_the_normalized_values(device, poison):
-    from fastblocks.kernels.depthwise_conv_layer_norm import depthwise_conv_layer_norm as fused
+    from fastblocks.kernels.convnext.depthwise_conv_layer_norm import depthwise_conv_layer_norm as fused
 
     (x, weight, bias, norm_weight, norm_bias), keywords = make(CASES["aligned"], device)
     ones, zeros = torch.ones_like(norm_weight), torch.zeros_like(norm_bias)
@@ -261,7 +262,7 @@ def test_folded_affine_gives_the_normalized_values(device, poison):
 
 @pytest.mark.parametrize("name", ["unaligned", "2-D, unaligned"])
 def test_operators_are_well_formed(name, device):
-    from fastblocks.kernels import depthwise_conv_layer_norm as kernels
+    from fastblocks.kernels.convnext import depthwise_conv_layer_norm as kernels
 
     tensors, keywords = make(CASES[name], device)
     sizes = conv_output_size(

@@ -30,7 +30,7 @@ GPU_CASES = {
 @pytest.fixture(params=["fused", "library"])
 def way(request, monkeypatch):
     """Where `convnext_mlp` would choose by size, both ways are tested at any size."""
-    from fastblocks.kernels import convnext_mlp as kernels
+    from fastblocks.kernels.convnext import convnext_mlp as kernels
 
     if request.param == "fused":
         monkeypatch.setattr(
@@ -109,7 +109,7 @@ def test_without_residual(way, device, poison):
 
 @pytest.mark.parametrize("name", ["7 channels", "384 channels"])
 def test_recomputation_gives_the_same(name, device, poison):
-    from fastblocks.kernels.convnext_mlp import convnext_mlp as fused
+    from fastblocks.kernels.convnext.convnext_mlp import convnext_mlp as fused
 
     tensors = make(CASES[name], device)
     kept = run("triton", tensors, torch.bfloat16, fused)
@@ -174,7 +174,7 @@ def test_second_derivatives(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_kernels_gated(dtype, device, poison):
     """SwiGLU without biases, hidden width no multiple of anything, rows in and rows out."""
-    from fastblocks.kernels import mlp
+    from fastblocks.kernels.convnext import mlp
 
     channels, hidden, n = 24, 65, 70
     x, gate, up, down = (
@@ -201,7 +201,7 @@ def test_the_same_kernels_gated(dtype, device, poison):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_operators_are_well_formed(dtype, device):
-    from fastblocks.kernels import convnext_mlp as kernels
+    from fastblocks.kernels.convnext import convnext_mlp as kernels
 
     tensors = [t.to(dtype).requires_grad_() for t in make(CASES["7 channels"], device)]
     torch.library.opcheck(kernels._forward_op, (*tensors, dtype, True))

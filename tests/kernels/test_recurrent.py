@@ -284,7 +284,7 @@ def test_layouts(kind, device, backend):
 @pytest.mark.parametrize("inputs", [8, 40], ids=["projection fused", "projection apart"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operator(kind, inputs, device):
-    from fastblocks.kernels import recurrent
+    from fastblocks.kernels.recurrent import operator as recurrent
 
     leaves, _ = make(kind, (2, 2, 2, inputs, 8, 1, True, True), torch.float32, device)
     arguments = (*(leaves.get(name) for name in NAMES), torch.float32, recurrent.KEEP_LITTLE)
@@ -314,9 +314,9 @@ def test_what_goes_to_the_library(device):
 def test_mixed_dtypes_go_to_the_library(device):
     leaves, _ = make("gru", (1, 2, 1, 4, 16, 1, False, False), torch.float32, device)
     leaves["x"] = leaves["x"].detach().bfloat16()
-    from fastblocks.kernels import recurrent
+    from fastblocks.kernels.recurrent import operator as recurrent
 
-    assert "differ in dtype" in recurrent.obstacle(*(leaves[name] for name in NAMES[:3]))
+    assert "differ in dtype" in recurrent.unsupported_reason(*(leaves[name] for name in NAMES[:3]))
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")

@@ -17,11 +17,11 @@ The weights' gradients are summed over slabs of positions in registers and then 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
-from fastblocks.kernels.products import dot
+from fastblocks.kernels.convnext import config
+from fastblocks.kernels.numerics import dot
+from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
-from fastblocks.kernels.sums import sum_rows
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def _mlp_forward_kernel(
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    LARGE: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -132,7 +132,7 @@ def _mlp_forward_kernel(
     if HAS_BIAS:
         y += tl.load(bias2_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
     mask = mask_s[:, None] & mask_o[None, :]
-    if LARGE:
+    if INDEX_INT64:
         offs_m = offs_m.to(tl.int64)
         offs_o = offs_o.to(tl.int64)
     start_s = start_s.to(tl.int64)
@@ -165,7 +165,7 @@ def _mlp_grad_x_kernel(
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    LARGE: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -184,7 +184,7 @@ def _mlp_grad_x_kernel(
     mask_x = mask_s[:, None] & mask_c[None, :]
     x = tl.load(x_ptr + offs_x, mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_C]
     grad_y_ptr += batch * stride_grad_y_b + start_s.to(tl.int64) * stride_grad_y_s
-    if LARGE:
+    if INDEX_INT64:
         offs_y = offs_m[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
     else:
         offs_y = offs_m[:, None] * stride_grad_y_s + offs_o[None, :] * stride_grad_y_c
@@ -237,7 +237,7 @@ def _mlp_grad_weight_kernel(
     ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    LARGE: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -267,7 +267,7 @@ def _mlp_grad_weight_kernel(
         grad_bias2 = tl.zeros([BLOCK_O], tl.float32)
     offs_m = tl.arange(0, BLOCK_M)
     offs_x = offs_m[:, None] * C + offs_c[None, :]
-    if LARGE:
+    if INDEX_INT64:
         offs_y = offs_m[:, None] * stride_grad_y_s + offs_o.to(tl.int64)[None, :] * stride_grad_y_c
     else:
         offs_y = offs_m[:, None] * stride_grad_y_s + offs_o[None, :] * stride_grad_y_c
@@ -326,7 +326,7 @@ def fused_forward(
 ) -> None:
     """x (N, C), y and residual (B, C_out, S) by strides. Gated where there is a weight3; x and weights in one dtype."""
     batch, c_out, positions = y.shape
-    launch = launch_table.mlp(
+    launch = config.mlp(
         runtime.architecture(x.device), "forward", x.shape[1], c_out, x.element_size(), weight3 is not None
     )
     blocks_s = -(-positions // launch["BLOCK_M"])
@@ -355,7 +355,7 @@ def fused_forward(
         EXACT=x.dtype == torch.float32,
         HAS_BIAS=bias1 is not None,
         HAS_RESIDUAL=residual is not None,
-        LARGE=max(c_out * y.stride(1), c_out * strides[1]) >= 2**31,
+        INDEX_INT64=max(c_out * y.stride(1), c_out * strides[1]) >= 2**31,
         **launch.keywords(),
     )
 
@@ -392,15 +392,15 @@ def fused_backward(
         "ACTIVATION": activation,
         "EXACT": x.dtype == torch.float32,
         "HAS_BIAS": bias1 is not None,
-        "LARGE": c_out * grad_y.stride(1) >= 2**31,
+        "INDEX_INT64": c_out * grad_y.stride(1) >= 2**31,
     }
     gated = weight3 is not None
     if grad_x is not None:
-        launch = launch_table.mlp(architecture, "grad_x", channels, c_out, x.element_size(), gated)
+        launch = config.mlp(architecture, "grad_x", channels, c_out, x.element_size(), gated)
         blocks_s = -(-positions // launch["BLOCK_M"])
         _mlp_grad_x_kernel[(batch * blocks_s,)](grad_x_ptr=grad_x, blocks_s=blocks_s, **shared, **launch.keywords())
     if grads is not None:
-        launch = launch_table.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
+        launch = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
         blocks_s, chunks = -(-positions // launch["BLOCK_M"]), -(-hidden // launch["BLOCK_F"])
         slabs = max(1, min(batch * blocks_s, runtime.multiprocessors(x.device) // chunks))
         partial = torch.empty((slabs, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)

@@ -2,8 +2,10 @@
 
 from torch import Tensor
 
-from fastblocks.kernels import launch as launch_table
+from fastblocks.kernels.launch import config
 from fastblocks.kernels.runtime import tl, triton
+
+SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads of a thread in flight
 
 
 @triton.jit
@@ -46,11 +48,10 @@ def _sum_rows_kernel(
 def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
     """The sum of `partial` (rows, columns) over its rows, cut into 1 to 4 contiguous tensors."""
     ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
-    launch = launch_table.sum_rows()
-    _sum_rows_kernel[(-(-ends[3] // launch["BLOCK_N"]),)](
+    _sum_rows_kernel[(-(-ends[3] // SUM_ROWS["BLOCK_N"]),)](
         partial_ptr=partial,
         **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
         rows=partial.shape[0],
         **{f"END{i}": end for i, end in enumerate(ends)},
-        **launch.keywords(),
+        **SUM_ROWS.keywords(),
     )

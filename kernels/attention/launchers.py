@@ -10,19 +10,21 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch, runtime
-from fastblocks.kernels.attention_blocks import (
+from fastblocks.kernels.attention import config
+from fastblocks.kernels.attention.long import (
     _blocks_forward_kernel,
     _grad_key_kernel,
     _grad_query_kernel,
     _rotate_kernel,
 )
-from fastblocks.kernels.attention_registers import (
+from fastblocks.kernels.attention.registers import (
     _register_backward_kernel,
     _register_forward_kernel,
     _register_gradient_kernel,
     _register_join_kernel,
 )
-from fastblocks.kernels.attention_whole import _whole_backward_kernel, _whole_forward_kernel
+from fastblocks.kernels.attention.short import _whole_backward_kernel, _whole_forward_kernel
+from fastblocks.kernels.launch import CompileCase
 from fastblocks.kernels.runtime import triton
 
 MIN_TILE = 16  # what tl.dot takes
@@ -59,7 +61,7 @@ def _plan(
     scalars = (n_tokens, n_registers, window // 2, n_head, head_dim**-0.5 / math.log(2))
     size = torch.finfo(dtype).bits // 8
     sums = {**shared, "BLOCK_S": PARTIAL_TILE // block_d, "REGISTERS_OUT": registers_out, "num_warps": 4}
-    if launch.attention_is_whole(n_rows, block_d, size, architecture):
+    if config.is_short(n_rows, block_d, size, architecture):
         block_a, block_b = whole_tiles(n_rows)
         n_queries = n_rows if registers_out else n_tokens
         flags = {
@@ -71,7 +73,7 @@ def _plan(
         }
         plans = {"whole": True, "register_gradient": sums}
         for name in ("whole_forward", "whole_backward"):
-            chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
+            chosen = config.launch_config(name, n_rows, block_d, size, architecture)
             block_m = min(chosen["BLOCK_M"], _tile(n_queries))
             one = block_m >= n_queries
             even = one and block_m == block_a == n_rows and n_registers == 0
@@ -85,12 +87,12 @@ def _plan(
     plans = {"whole": False, "rotated": not rotate, "register_gradient": sums}
     flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
     for name in ("blocks_forward", "grad_query", "grad_key"):
-        chosen = launch.attention_config(name, n_rows, block_d, size, architecture)
+        chosen = config.launch_config(name, n_rows, block_d, size, architecture)
         plans[name] = {**shared, **products, **flags, **chosen.keywords()}
     plans["blocks_forward"]["HAS_REGISTERS"] = plans["grad_query"]["HAS_REGISTERS"] = n_registers > 0
     plans["grad_key"]["REGISTERS_OUT"] = registers_out
     plans["rotate"] = {**shared, "BLOCK_M": max(MIN_TILE, 4096 // block_d), "num_warps": 4}
-    chosen = launch.attention_config("register", n_rows, block_d, size, architecture)
+    chosen = config.launch_config("register", n_rows, block_d, size, architecture)
     plans["register_forward"] = plans["register_backward"] = {
         **shared, **products, "BLOCK_R": block_r, "CHUNK": CHUNK, "ROTATE": rotate, **chosen.keywords(),
     }  # fmt: skip
@@ -100,7 +102,7 @@ def _plan(
 
 def is_whole(qkv: Tensor, n_head: int, n_registers: int) -> bool:
     block_d, size = _tile(qkv.shape[2] // (3 * n_head)), qkv.element_size()
-    return launch.attention_is_whole(n_registers + qkv.shape[1], block_d, size, runtime.architecture(qkv.device))
+    return config.is_short(n_registers + qkv.shape[1], block_d, size, runtime.architecture(qkv.device))
 
 
 def _plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, registers_out: bool):
@@ -117,7 +119,7 @@ def _plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None,
     )
 
 
-def stats_size(n_heads: int, n_tokens: int, n_registers: int, registers_out: bool) -> int:
+def lse_size(n_heads: int, n_tokens: int, n_registers: int, registers_out: bool) -> int:
     return n_heads * (n_tokens + n_registers if registers_out else n_tokens)
 
 
@@ -160,14 +162,14 @@ def forward(
     """out (B, T, C); what the registers see (B, R, C) or empty; statistics or empty."""
     qkv, rope = _readable(qkv), rope.contiguous()
     register_qkv = None if register_qkv is None else _readable(register_qkv)
-    (n_tokens, n_registers, reach, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
+    (n_tokens, n_registers, half_window, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, _, width = qkv.shape
     registers, stride_register_b, stride_register_r = _register_arguments(qkv, register_qkv)
     out = torch.empty((batch, n_tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
     shape = (batch, n_registers, width // 3) if registers_out else (0,)
     register_out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    stats = torch.empty(
-        stats_size(batch * n_head, n_tokens, n_registers, registers_out) if keep and not plans["whole"] else 0,
+    lse = torch.empty(
+        lse_size(batch * n_head, n_tokens, n_registers, registers_out) if keep and not plans["whole"] else 0,
         dtype=torch.float32,
         device=qkv.device,
     )
@@ -176,9 +178,9 @@ def forward(
         _whole_forward_kernel[(batch * n_head,)](
             qkv, rope, registers, out, register_out,
             qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r,
-            n_tokens, n_registers, reach, n_head, scale, **plans["whole_forward"],
+            n_tokens, n_registers, half_window, n_head, scale, **plans["whole_forward"],
         )  # fmt: skip
-        return out, register_out, stats
+        return out, register_out, lse
 
     v = qkv[..., 2 * (width // 3) :]
     qk = _rotated(qkv, rope, n_registers, n_head, plans["rotate"]) if plans["rotated"] else qkv
@@ -188,8 +190,8 @@ def forward(
     plan = plans["blocks_forward"]
     grid = (batch * n_head * triton.cdiv(n_tokens, plan["BLOCK_M"]),)
     _blocks_forward_kernel[grid](
-        qk, v, rope, registers, out, stats, *strides,
-        n_tokens, n_registers, reach, n_head, scale, KEEP_STATS=keep, **plan,
+        qk, v, rope, registers, out, lse, *strides,
+        n_tokens, n_registers, half_window, n_head, scale, KEEP_LSE=keep, **plan,
     )  # fmt: skip
     if registers_out:
         n_chunks = triton.cdiv(n_tokens, CHUNK)
@@ -202,17 +204,17 @@ def forward(
             n_tokens, n_registers, n_head, scale, n_chunks, **plans["register_forward"],
         )  # fmt: skip
         _register_join_kernel[(batch * n_head * triton.cdiv(n_registers, JOIN_ROWS),)](
-            m, total, acc, register_out, stats[batch * n_head * n_tokens :] if keep else stats,
+            m, total, acc, register_out, lse[batch * n_head * n_tokens :] if keep else lse,
             n_registers, n_head, n_chunks, scale,
-            KEEP_STATS=keep, **plans["register_join"],
+            KEEP_LSE=keep, **plans["register_join"],
         )  # fmt: skip
-    return out, register_out, stats
+    return out, register_out, lse
 
 
 @_on_its_device
 def backward(
     grad_out: Tensor, grad_register_out: Tensor | None, qkv: Tensor, rope: Tensor, register_qkv: Tensor | None,
-    out: Tensor, register_out: Tensor, stats: Tensor, n_head: int, window: int,
+    out: Tensor, register_out: Tensor, lse: Tensor, n_head: int, window: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """grad_qkv (B, T, 3C) and grad_register_qkv (B or 1, R, 3C) or empty."""
     qkv, rope, grad_out = _readable(qkv), rope.contiguous(), _readable(grad_out)
@@ -222,7 +224,7 @@ def backward(
     else:
         grad_register_out = grad_out
     register_qkv = None if register_qkv is None else _readable(register_qkv)
-    (n_tokens, n_registers, reach, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
+    (n_tokens, n_registers, half_window, _, scale), plans = _plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, _, width = qkv.shape
     registers, stride_register_b, stride_register_r = _register_arguments(qkv, register_qkv)
     grads = (grad_out.stride(0), grad_out.stride(1), grad_register_out.stride(0), grad_register_out.stride(1))
@@ -234,7 +236,7 @@ def backward(
         _whole_backward_kernel[(batch * n_head,)](
             qkv, rope, registers, grad_out, grad_register_out, grad_qkv, partial,
             qkv.stride(0), qkv.stride(1), stride_register_b, stride_register_r, *grads,
-            n_tokens, n_registers, reach, n_head, scale, **plans["whole_backward"],
+            n_tokens, n_registers, half_window, n_head, scale, **plans["whole_backward"],
         )  # fmt: skip
     else:
         v = qkv[..., 2 * (width // 3) :]
@@ -250,17 +252,17 @@ def backward(
         partial = _partials(qkv, n_slots, n_registers)
         delta = torch.empty((batch, n_head, n_tokens), dtype=torch.float32, device=qkv.device)
         _grad_query_kernel[(batch * n_head * blocks_q,)](
-            qk, v, rope, registers, out, grad_out, stats, delta, grad_qkv, partial, *strides, *grads[:2],
-            n_tokens, n_registers, reach, n_head, scale, n_slots, **plan_q,
+            qk, v, rope, registers, out, grad_out, lse, delta, grad_qkv, partial, *strides, *grads[:2],
+            n_tokens, n_registers, half_window, n_head, scale, n_slots, **plan_q,
         )  # fmt: skip
-        register_stats = stats[batch * n_head * n_tokens :] if registers_out else stats
+        register_lse = lse[batch * n_head * n_tokens :] if registers_out else lse
         _grad_key_kernel[(batch * n_head * blocks_k,)](
-            qk, v, rope, registers, register_out, grad_out, grad_register_out, stats, register_stats,
-            delta, grad_qkv, *strides, *grads, n_tokens, n_registers, reach, n_head, scale, **plan_k,
+            qk, v, rope, registers, register_out, grad_out, grad_register_out, lse, register_lse,
+            delta, grad_qkv, *strides, *grads, n_tokens, n_registers, half_window, n_head, scale, **plan_k,
         )  # fmt: skip
         if registers_out:
             _register_backward_kernel[(batch * n_head * n_chunks,)](
-                qk, v, rope, registers, register_out, grad_register_out, register_stats, partial, *strides, *grads[2:],
+                qk, v, rope, registers, register_out, grad_register_out, register_lse, partial, *strides, *grads[2:],
                 n_tokens, n_registers, n_head, scale, n_chunks, n_slots, **plans["register_backward"],
             )  # fmt: skip
 
@@ -309,8 +311,8 @@ KERNELS = {
 # Float32 whatever the inputs are.
 STATISTICS = {
     "rope_ptr",
-    "stats_ptr",
-    "register_stats_ptr",
+    "lse_ptr",
+    "register_lse_ptr",
     "delta_ptr",
     "partial_ptr",
     "m_ptr",
@@ -326,7 +328,7 @@ def _type_of(name: str, element: str) -> str:
 
 
 def aot_cases(architecture: str = "sm_90", dtypes: tuple = (torch.bfloat16, torch.float32)):
-    """Every kernel of the standard workloads as a `launch.CompileCase`, as an architecture would launch it."""
+    """Every kernel of the standard workloads as a `CompileCase`, as an architecture would launch it."""
     for workload, (n_tokens, n_head, head_dim, window, n_registers) in WORKLOADS.items():
         for dtype, registers_out in [(dtype, out) for dtype in dtypes for out in {False, n_registers > 0}]:
             _, plans = _plan(n_tokens, n_registers, n_head, head_dim, window, dtype, registers_out, False, architecture)
@@ -337,12 +339,12 @@ def aot_cases(architecture: str = "sm_90", dtypes: tuple = (torch.bfloat16, torc
                     continue
                 constants = dict(plans[name])
                 keywords = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-                if "KEEP_STATS" in kernel.arg_names:
-                    constants["KEEP_STATS"] = True
+                if "KEEP_LSE" in kernel.arg_names:
+                    constants["KEEP_LSE"] = True
                 signature = {
                     name: "constexpr" if name in constants else _type_of(name, ELEMENTS[dtype])
                     for name in kernel.arg_names
                 }
                 label = f"{workload} {ELEMENTS[dtype]}{' registers out' if registers_out else ''}: {name}"
                 strides = tuple(argument for argument in signature if argument.startswith("stride_"))
-                yield launch.CompileCase(label, kernel, signature, constants, launch.config(**keywords), strides)
+                yield CompileCase(label, kernel, signature, constants, launch.config(**keywords), strides)

@@ -2,7 +2,7 @@
 
 Queries of tokens see the registers first (one tile), then the blocks of keys that their window reaches: a loop with a
 mask over the edges of the window and of the sequence, and one without over what lies between. The softmax is online;
-its logarithm (base 2, `stats`) is kept, and backward recomputes P from it in two deterministic kernels: the first
+its logarithm (base 2, `lse`) is kept, and backward recomputes P from it in two deterministic kernels: the first
 takes blocks of queries (dq, delta, and a partial sum of the registers' dk and dv), the second blocks of keys (dk, dv,
 and a partial sum of the registers' dq where their output was asked for). `attention_registers` adds the partials up.
 
@@ -11,8 +11,8 @@ and dout. Blocks of neighbours overlap in the caches: each key is read (BLOCK_M 
 4·T·(W + R)·D and, with seven products, 14·T·(W + R)·D, T for W where there is no window.
 """
 
-from fastblocks.kernels.attention_tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
-from fastblocks.kernels.products import dot, narrow
+from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -39,16 +39,16 @@ def _rotate_kernel(
 
 
 @triton.jit
-def _reached(start, n_tokens, reach, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The tokens that ROWS rows from `start` on reach, in blocks: the first token, how many blocks before the interior
-    (where all rows reach all tokens), in it, and after it."""
+def _reached(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """The tokens that ROWS rows from `start` on see, in blocks: the first token, how many blocks before the interior
+    (where all rows see all tokens), in it, and after it."""
     if not HAS_WINDOW:
         full = n_tokens // BLOCK
         return 0, 0, full, tl.cdiv(n_tokens, BLOCK) - full
-    low = tl.maximum(start - reach, 0)
-    high = tl.minimum(start + ROWS + reach, n_tokens)
-    before = tl.cdiv(tl.maximum(tl.minimum(start + ROWS - 1 - reach, high) - low, 0), BLOCK)
-    interior = tl.maximum(tl.minimum(start + reach + 1, n_tokens) - low - before * BLOCK, 0) // BLOCK
+    low = tl.maximum(start - half_window, 0)
+    high = tl.minimum(start + ROWS + half_window, n_tokens)
+    before = tl.cdiv(tl.maximum(tl.minimum(start + ROWS - 1 - half_window, high) - low, 0), BLOCK)
+    interior = tl.maximum(tl.minimum(start + half_window + 1, n_tokens) - low - before * BLOCK, 0) // BLOCK
     after = tl.maximum(tl.cdiv(high - low, BLOCK) - before - interior, 0)
     return low, before, interior, after
 
@@ -63,7 +63,7 @@ def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: t
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
     p = tl.exp2((s - base[:, None]) * scale)
     shrink = tl.exp2((m - base) * scale)
-    acc = acc * shrink[:, None] + dot(narrow(p, v.dtype), v, PRECISION)
+    acc = acc * shrink[:, None] + dot(round_to(p, v.dtype), v, PRECISION)
     return m_new, total * shrink + tl.sum(p, 1), acc
 
 
@@ -84,26 +84,26 @@ def _key_block(
 
 
 @triton.jit
-def _near(offs_m, offs_n, n_tokens, reach, HAS_WINDOW: tl.constexpr):
+def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
     """Which tokens offs_n a token offs_m sees: [offs_m, offs_n]."""
     mask = (offs_n < n_tokens)[None, :]
     if HAS_WINDOW:
         distance = offs_m[:, None] - offs_n[None, :]
-        mask = mask & (distance <= reach) & (distance >= -reach)
+        mask = mask & (distance <= half_window) & (distance >= -half_window)
     return mask
 
 
 @triton.jit
 def _blocks_forward_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, stats_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
-    n_tokens, n_registers, reach, n_head, scale,
+    n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, KEEP_STATS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·blocks,), blocks fastest. stats: (B, H, T)."""
+    """grid (B·H·blocks,), blocks fastest. lse: (B, H, T)."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start_m = (tl.program_id(0) % n_blocks) * BLOCK_M
     slab = tl.program_id(0) // n_blocks
@@ -134,14 +134,14 @@ def _blocks_forward_kernel(
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
         m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, False)
 
-    low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = _reached(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for i in range(before + after):
         start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
         )  # fmt: skip
-        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, reach, HAS_WINDOW)
+        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
         s = tl.where(mask, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_M, BLOCK_N]
         m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, True)
     for i in range(before, before + interior):
@@ -153,17 +153,17 @@ def _blocks_forward_kernel(
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
-    if KEEP_STATS:
-        stats_ptr += slab.to(tl.int64) * n_tokens
-        tl.store(stats_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
+    if KEEP_LSE:
+        lse_ptr += slab.to(tl.int64) * n_tokens
+        tl.store(lse_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
 
 
 @triton.jit
 def _grad_query_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, grad_out_ptr, stats_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t,
-    n_tokens, n_registers, reach, n_head, scale, n_slots,
+    n_tokens, n_registers, half_window, n_head, scale, n_slots,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -195,8 +195,8 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + slab.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
-    stats_ptr += slab.to(tl.int64) * n_tokens
-    lse = tl.load(stats_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
+    lse_ptr += slab.to(tl.int64) * n_tokens
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     if HAS_REGISTERS:
@@ -208,26 +208,26 @@ def _grad_query_kernel(
         v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
         p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
-        ds_r = narrow(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
+        ds_r = round_to(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
         dq += dot(ds_r, k_r, PRECISION)
         slot = b * n_slots + 1 + block
         partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
-        dv_r = dot(tl.trans(narrow(p_r, do.dtype)), do, PRECISION)
+        dv_r = dot(tl.trans(round_to(p_r, do.dtype)), do, PRECISION)
         store_rows(partial_ptr + 2 * n_channels, dv_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
         store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
-    low, before, interior, after = _reached(start_m, n_tokens, reach, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = _reached(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
     for i in range(before + after):
         start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
         )  # fmt: skip
-        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, reach, HAS_WINDOW)
+        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
         p = tl.where(mask, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
         ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
-        dq += dot(narrow(ds, k.dtype), k, PRECISION)
+        dq += dot(round_to(ds, k.dtype), k, PRECISION)
     for i in range(before, before + interior):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, low + i * BLOCK_N, n_tokens, n_channels, stride_qk_t, stride_v_t,
@@ -235,7 +235,7 @@ def _grad_query_kernel(
         )  # fmt: skip
         p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])
         ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
-        dq += dot(narrow(ds, k.dtype), k, PRECISION)
+        dq += dot(round_to(ds, k.dtype), k, PRECISION)
 
     dq = rotate(
         dq * (scale / LOG2_E),
@@ -257,14 +257,14 @@ def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, MASKED: tl.cons
     p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(mask, p, 0.0)
-    dv += dot(narrow(p, do.dtype), do, PRECISION)
-    ds = narrow(p * (dot(v, tl.trans(do), PRECISION) - delta[None, :]), q.dtype)
+    dv += dot(round_to(p, do.dtype), do, PRECISION)
+    ds = round_to(p * (dot(v, tl.trans(do), PRECISION) - delta[None, :]), q.dtype)
     return dk + dot(ds, q, PRECISION), dv
 
 
 @triton.jit
 def _query_block(
-    qk_ptr, grad_out_ptr, rope_ptr, stats_ptr, delta_ptr, start, n_tokens, stride_qk_t, stride_grad_t,
+    qk_ptr, grad_out_ptr, rope_ptr, lse_ptr, delta_ptr, start, n_tokens, stride_qk_t, stride_grad_t,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
     """Rotated q, dout and the statistics of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
@@ -276,14 +276,14 @@ def _query_block(
     )
     do_ptr = grad_out_ptr + tl.cast(start, tl.int64) * stride_grad_t
     do = load_rows(do_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
-    lse = tl.load(stats_ptr + start + offs, mask=offs < left, other=float("inf"))
+    lse = tl.load(lse_ptr + start + offs, mask=offs < left, other=float("inf"))
     delta = tl.load(delta_ptr + start + offs, mask=offs < left, other=0.0)
     return q, do, lse, delta
 
 
 @triton.jit
 def _register_queries(
-    register_ptr, rope_ptr, out_ptr, grad_out_ptr, stats_ptr,
+    register_ptr, rope_ptr, out_ptr, grad_out_ptr, lse_ptr,
     n_registers, n_channels, stride_register_r, stride_grad_r,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -292,17 +292,17 @@ def _register_queries(
     q = load_rotated(register_ptr, rope_ptr, offs, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
     do = load_rows(grad_out_ptr, offs, n_registers, stride_grad_r, HEAD_DIM, BLOCK_D, False)
     out = load_rows(out_ptr, offs, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
-    lse = tl.load(stats_ptr + offs, mask=offs < n_registers, other=float("inf"))
+    lse = tl.load(lse_ptr + offs, mask=offs < n_registers, other=float("inf"))
     return q, do, lse, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
 
 
 @triton.jit
 def _grad_key_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_out_ptr, grad_register_out_ptr, stats_ptr,
-    register_stats_ptr, delta_ptr, grad_qkv_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_out_ptr, grad_register_out_ptr, lse_ptr,
+    register_lse_ptr, delta_ptr, grad_qkv_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, reach, n_head, scale,
+    n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
@@ -317,7 +317,7 @@ def _grad_key_kernel(
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
     grad_out_ptr += b * stride_grad_b + h * HEAD_DIM
-    stats_ptr += slab.to(tl.int64) * n_tokens
+    lse_ptr += slab.to(tl.int64) * n_tokens
     delta_ptr += slab.to(tl.int64) * n_tokens
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -336,23 +336,23 @@ def _grad_key_kernel(
             register_ptr + b * stride_register_b + h * HEAD_DIM, rope_ptr,
             register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
             grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
-            register_stats_ptr + slab.to(tl.int64) * n_registers,
+            register_lse_ptr + slab.to(tl.int64) * n_registers,
             n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, lse_r, dk, dv, scale, False, PRECISION)
 
-    low, before, interior, after = _reached(start_n, n_tokens, reach, BLOCK_N, BLOCK_M, HAS_WINDOW)
+    low, before, interior, after = _reached(start_n, n_tokens, half_window, BLOCK_N, BLOCK_M, HAS_WINDOW)
     for i in range(before + after):
         start_m = low + i * BLOCK_M + tl.where(i >= before, interior * BLOCK_M, 0)
         q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
+            qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
             stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, False, ROTATE,
         )  # fmt: skip
-        mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, reach, HAS_WINDOW)
+        mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, half_window, HAS_WINDOW)
         dk, dv = _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, HAS_WINDOW, PRECISION)
     for i in range(before, before + interior):
         q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, stats_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
+            qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
             stride_qk_t, stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, True, ROTATE,
         )  # fmt: skip
         dk, dv = _grad_key_step(q, do, k, v, lse, delta, lse, dk, dv, scale, False, PRECISION)

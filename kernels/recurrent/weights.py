@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
-from fastblocks.kernels.products import dot, narrow
-from fastblocks.kernels.recurrent_forward import compile_case, workloads
+from fastblocks.kernels.numerics import dot, round_to
+from fastblocks.kernels.recurrent import config as table
+from fastblocks.kernels.recurrent.forward import compile_case, workloads
 from fastblocks.kernels.runtime import tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
@@ -73,12 +74,12 @@ def _recurrent_weight_gradient_kernel(
             source -= before
             there &= t != (direction * (length - 1))  # the first step's state comes from outside
         ptrs = operand_ptr + source[:, None] * stride_row + channel[None, :]
-        operand = narrow(tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0), DTYPE)
+        operand = round_to(tl.load(ptrs, mask=there[:, None] & mask_k[None, :], other=0.0), DTYPE)
         if STATE and h_first_ptr is not None:
             b = offset // length + inside // length
             ptrs = h_first_ptr + ((direction * batch + b) * groups * H + group * H)[:, None] + offs_k[None, :]
             first = tl.load(ptrs, mask=(mask_m & (there == 0))[:, None] & mask_k[None, :], other=0.0)
-            operand = tl.where(there[:, None], operand, narrow(first, DTYPE))
+            operand = tl.where(there[:, None], operand, round_to(first, DTYPE))
         total = dot(grad, operand, PRECISION, total)
 
     ptr = partial_ptr + tl.program_id(2).to(tl.int64) * partial_size
@@ -87,7 +88,7 @@ def _recurrent_weight_gradient_kernel(
 
 
 def _launch_config() -> launch.LaunchConfig:
-    return launch.RECURRENT_WEIGHTS
+    return table.WEIGHTS
 
 
 def weight_gradients(

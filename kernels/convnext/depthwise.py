@@ -20,8 +20,8 @@ phase it is a stride-1 convolution with ceil(k/s) taps.
 
 from torch import Tensor
 
-from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
+from fastblocks.kernels.convnext import config
 from fastblocks.kernels.runtime import tl, triton
 
 # More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
@@ -129,7 +129,7 @@ def _conv_kernel(
     KEEP: tl.constexpr,
     TAPS: tl.constexpr,
     VECTOR: tl.constexpr,
-    LARGE: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -181,7 +181,7 @@ def _conv_kernel(
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
     x_ptr += batch * stride_x_b
-    offs_xc = offs_c.to(tl.int64) * stride_x_c if LARGE else offs_c * stride_x_c
+    offs_xc = offs_c.to(tl.int64) * stride_x_c if INDEX_INT64 else offs_c * stride_x_c
     weight_ptrs = weight_ptr + offs_c * stride_weight_c
 
     acc = ()  # RUN tiles [BLOCK_C, BLOCK_H * BLOCK_W]
@@ -193,7 +193,7 @@ def _conv_kernel(
         h = offs_h * STEP_H + (first_h + j_h)
         kernel_h = tap_h + j_h * SIGN_H
         mask_h = (h >= 0) & (h < H) & (kernel_h < KERNEL_H)
-        offs_xh = h.to(tl.int64) * stride_x_h if LARGE else h * stride_x_h
+        offs_xh = h.to(tl.int64) * stride_x_h if INDEX_INT64 else h * stride_x_h
         weights = ()
         valid = ()
         for v in tl.static_range(VECTORS):
@@ -206,7 +206,7 @@ def _conv_kernel(
             else:
                 w = offs_w * STEP_W + (first_w + j_w + v)
                 mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
-                offs_xw = w.to(tl.int64) * stride_x_w if LARGE else w * stride_x_w
+                offs_xw = w.to(tl.int64) * stride_x_w if INDEX_INT64 else w * stride_x_w
                 offs = offs_xc[:, None] + (offs_xh + offs_xw)[None, :]
                 parts = (tl.load(x_ptr + offs, mask=mask, other=0.0),)
             for e in tl.static_range(VECTOR):
@@ -246,7 +246,7 @@ def _conv_kernel(
             u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
     else:
         y_ptr += batch * stride_y_b
-        if LARGE:
+        if INDEX_INT64:
             offs_y = (h.to(tl.int64) * stride_y_h + w.to(tl.int64) * stride_y_w)[None, :, :]
             offs = offs_y + (offs_c.to(tl.int64) * stride_y_c)[:, None, None]
         else:
@@ -290,7 +290,7 @@ def convolve(
     height_out, width_out = y.shape[2:]
     gaps = stride if transposed else (1, 1)
     vector = vector_of(x, width) if stride == (1, 1) else 1
-    launch = launch_table.depthwise_conv(
+    launch = config.depthwise_conv(
         runtime.architecture(x.device),
         runtime.multiprocessors(x.device),
         batch=batch,
@@ -342,7 +342,7 @@ def convolve(
         KEEP=rstd is not None,
         TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
         VECTOR=vector,
-        LARGE=max(span(x), span(y)) >= 2**31,
+        INDEX_INT64=max(span(x), span(y)) >= 2**31,
         **launch.keywords(),
     )
 

@@ -13,7 +13,7 @@ stays in the caches. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 
 decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T / (8·D) clocks of them a byte.
 """
 
-from fastblocks.kernels.attention_tiles import (
+from fastblocks.kernels.attention.tiles import (
     LOG2_E,
     load_rows,
     load_sequence,
@@ -21,7 +21,7 @@ from fastblocks.kernels.attention_tiles import (
     store_rows,
     visible,
 )
-from fastblocks.kernels.products import dot, narrow
+from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -35,7 +35,7 @@ def _load_keys(
         token_ptr + n_channels, register_ptr + n_channels, offs, n_registers, n_rows, stride_token, stride_register,
         HEAD_DIM, BLOCK_D, EVEN, HAS_REGISTERS,
     )  # fmt: skip
-    k = narrow(rotate(k, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), k.dtype)
+    k = round_to(rotate(k, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), k.dtype)
     v = load_sequence(
         token_ptr + 2 * n_channels, register_ptr + 2 * n_channels, offs, n_registers, n_rows, stride_token,
         stride_register, HEAD_DIM, BLOCK_D, EVEN, HAS_REGISTERS,
@@ -45,12 +45,14 @@ def _load_keys(
 
 @triton.jit
 def _scores(
-    q, k, offs_q, offs_k, n_registers, n_rows, reach,
+    q, k, offs_q, offs_k, n_registers, n_rows, half_window,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = dot(q, tl.trans(k), PRECISION)  # [queries, keys], unscaled
     if MASKED:
-        s = tl.where(visible(offs_q, offs_k, n_registers, n_rows, reach, HAS_WINDOW, HAS_REGISTERS), s, float("-inf"))
+        s = tl.where(
+            visible(offs_q, offs_k, n_registers, n_rows, half_window, HAS_WINDOW, HAS_REGISTERS), s, float("-inf")
+        )
     return s
 
 
@@ -58,7 +60,7 @@ def _scores(
 def _whole_forward_kernel(
     qkv_ptr, rope_ptr, register_ptr, out_ptr, register_out_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
-    n_tokens, n_registers, reach, n_head, scale,
+    n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -95,28 +97,28 @@ def _whole_forward_kernel(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
                 HEAD_DIM, BLOCK_D, False, True,
             )  # fmt: skip
-            q = narrow(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
         else:
             q = load_rows(token_ptr, offs_m - n_registers, n_tokens, stride_qkv_t, HEAD_DIM, BLOCK_D, EVEN)
-            q = narrow(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
 
         s_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
+            q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
         )  # [BLOCK_M, BLOCK_A]
         m = tl.max(s_a, 1)
         if BLOCK_B > 0:
             s_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
+                q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(s_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may see nothing
         p_a = tl.exp2((s_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
-        acc = dot(narrow(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
+        acc = dot(round_to(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         if BLOCK_B > 0:
             p_b = tl.exp2((s_b - m[:, None]) * scale)
             total += tl.sum(p_b, 1)
-            acc += dot(narrow(p_b, v_b.dtype), v_b, PRECISION)
+            acc += dot(round_to(p_b, v_b.dtype), v_b, PRECISION)
         acc = acc / total[:, None]
         store_rows(out_ptr, acc, offs_m - n_registers, n_tokens, n_channels, HEAD_DIM, BLOCK_D)
         if REGISTERS_OUT:
@@ -141,7 +143,7 @@ def _whole_backward_kernel(
     qkv_ptr, rope_ptr, register_ptr, grad_out_ptr, grad_register_out_ptr, grad_qkv_ptr, partial_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, reach, n_head, scale,
+    n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -183,23 +185,23 @@ def _whole_backward_kernel(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
                 HEAD_DIM, BLOCK_D, False, True,
             )  # fmt: skip
-            q = narrow(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
             do = load_sequence(
                 grad_out_ptr, grad_register_out_ptr, offs_m, n_registers, n_rows, stride_grad_t,
                 stride_grad_register_r, HEAD_DIM, BLOCK_D, False, True,
             )  # fmt: skip
         else:
             q = load_rows(token_ptr, offs_m - n_registers, n_tokens, stride_qkv_t, HEAD_DIM, BLOCK_D, EVEN)
-            q = narrow(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
             do = load_rows(grad_out_ptr, offs_m - n_registers, n_tokens, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
 
         p_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, reach, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
+            q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
         )  # [BLOCK_M, BLOCK_A]
         m = tl.max(p_a, 1)
         if BLOCK_B > 0:
             p_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, reach, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
+                q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(p_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)
@@ -210,19 +212,19 @@ def _whole_backward_kernel(
             total += tl.sum(p_b, 1)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # rows past the end: P = 0, not NaN
         p_a *= inverse[:, None]
-        dv_a += dot(tl.trans(narrow(p_a, do.dtype)), do, PRECISION)  # [BLOCK_A, BLOCK_D]
+        dv_a += dot(tl.trans(round_to(p_a, do.dtype)), do, PRECISION)  # [BLOCK_A, BLOCK_D]
         dp_a = dot(do, tl.trans(v_a), PRECISION)  # [BLOCK_M, BLOCK_A]
         delta = tl.sum(p_a * dp_a, 1)
         if BLOCK_B > 0:
             p_b *= inverse[:, None]
-            dv_b += dot(tl.trans(narrow(p_b, do.dtype)), do, PRECISION)
+            dv_b += dot(tl.trans(round_to(p_b, do.dtype)), do, PRECISION)
             dp_b = dot(do, tl.trans(v_b), PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
-        ds_a = narrow(p_a * (dp_a - delta[:, None]), q.dtype)
+        ds_a = round_to(p_a * (dp_a - delta[:, None]), q.dtype)
         dq = dot(ds_a, k_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         dk_a += dot(tl.trans(ds_a), q, PRECISION)
         if BLOCK_B > 0:
-            ds_b = narrow(p_b * (dp_b - delta[:, None]), q.dtype)
+            ds_b = round_to(p_b * (dp_b - delta[:, None]), q.dtype)
             dq += dot(ds_b, k_b, PRECISION)
             dk_b += dot(tl.trans(ds_b), q, PRECISION)
         _store_gradient(

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
-from fastblocks.kernels._recurrent import (
+from fastblocks.kernels.numerics import round_to
+from fastblocks.kernels.recurrent import config as table
+from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
     input_sums,
@@ -22,8 +24,7 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.products import narrow
-from fastblocks.kernels.recurrent_forward import (
+from fastblocks.kernels.recurrent.forward import (
     KEEP_GATES,
     at_least,
     compile_case,
@@ -34,7 +35,7 @@ from fastblocks.kernels.recurrent_forward import (
     tile_of,
     workloads,
 )
-from fastblocks.kernels.recurrent_weights import weight_gradients
+from fastblocks.kernels.recurrent.weights import weight_gradients
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -79,7 +80,7 @@ def _grouped_rnn_backward_kernel(
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
     WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
-    AGAIN: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
+    RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
     direction = tl.program_id(0) // packs % DIRECTIONS
@@ -118,7 +119,7 @@ def _grouped_rnn_backward_kernel(
         x_ptrs = x_ptr + row * length * stride_x_t + index_i
         grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * stride_x_t + index_i
         w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
-        if AGAIN:
+        if RECOMPUTE:
             w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
             u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
         grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
@@ -142,7 +143,7 @@ def _grouped_rnn_backward_kernel(
     # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
     # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
     last = length - 1
-    if AGAIN:
+    if RECOMPUTE:
         last = length
         g0 = tl.zeros(SHAPE, tl.float32)
         g1 = g0 + 1.0
@@ -155,24 +156,24 @@ def _grouped_rnn_backward_kernel(
     for turn in tl.range(0, last + 1, num_stages=STAGES):
         s = last - turn
         t = (start + s * step).to(tl.int64)
-        prepared = s - 1 if AGAIN else s
+        prepared = s - 1 if RECOMPUTE else s
         t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
         t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
         later = prepared > 0  # than the first step, whose state comes from outside
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
         h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
         if h_first_ptr is not None:
-            h_first = narrow(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+            h_first = round_to(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
-            x_ahead = narrow(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
+            x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
         if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
-                c_first = narrow(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+                c_first = round_to(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
                 c_before = tl.where(later, c_before, c_first)
-        if not AGAIN:
+        if not RECOMPUTE:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)
             h_prev = h_before
@@ -199,10 +200,10 @@ def _grouped_rnn_backward_kernel(
             d0 = d2 * g3 * g0 * (1.0 - g0)
             d3 = d2 * g0
             carried = grad_h * g1
-        e0 = narrow(d0, DTYPE)
-        e1 = narrow(d1, DTYPE)
-        e2 = narrow(d2, DTYPE)
-        e3 = narrow(d3, DTYPE)
+        e0 = round_to(d0, DTYPE)
+        e1 = round_to(d1, DTYPE)
+        e2 = round_to(d2, DTYPE)
+        e3 = round_to(d3, DTYPE)
         grad_h = product(e1, u_back[1], carried, TRANSPOSED, PRECISION)
         grad_h = product(e3, u_back[3], grad_h, TRANSPOSED, PRECISION)
         grad_h = product(e0, u_back[0], grad_h, TRANSPOSED, PRECISION)
@@ -224,13 +225,13 @@ def _grouped_rnn_backward_kernel(
                 grad_u3 = outer_product(h_prev, e3, grad_u3, TRANSPOSED, PRECISION)
             tl.store(
                 grad_x_ptrs + t * stride_x_t,
-                narrow(grad_x, grad_x_ptr.dtype.element_ty),
+                round_to(grad_x, grad_x_ptr.dtype.element_ty),
                 mask=inside & mask_i & (s < length),
             )
         else:
             store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
 
-        if AGAIN:
+        if RECOMPUTE:
             sums = input_sums(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
             sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
             g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
@@ -252,7 +253,7 @@ def _grouped_rnn_backward_kernel(
 
 
 def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(launch.recurrent(units, lstm, True, fused, dtype == torch.float32))
+    return at_least(table.time_loop(units, lstm, True, fused, dtype == torch.float32))
 
 
 def backward(

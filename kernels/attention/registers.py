@@ -8,9 +8,9 @@ they are added in the order of the blocks. No atomics: two runs give the same bi
 Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
 
-from fastblocks.kernels.attention_blocks import _grad_key_step, _key_block, _register_queries, _softmax_step
-from fastblocks.kernels.attention_tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
-from fastblocks.kernels.products import dot, narrow
+from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _register_queries, _softmax_step
+from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -63,8 +63,8 @@ def _register_forward_kernel(
 
 @triton.jit
 def _register_join_kernel(
-    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_stats_ptr, n_registers, n_head, n_chunks, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_STATS: tl.constexpr,
+    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_lse_ptr, n_registers, n_head, n_chunks, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_LSE: tl.constexpr,
 ):  # fmt: skip
     """Join the chunks' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
     n_blocks = tl.cdiv(n_registers, BLOCK_R)
@@ -88,14 +88,14 @@ def _register_join_kernel(
     n_channels = n_head * HEAD_DIM
     register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
     store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
-    if KEEP_STATS:
-        register_stats_ptr += slab.to(tl.int64) * n_registers
-        tl.store(register_stats_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
+    if KEEP_LSE:
+        register_lse_ptr += slab.to(tl.int64) * n_registers
+        tl.store(register_lse_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
 
 
 @triton.jit
 def _register_backward_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_register_out_ptr, register_stats_ptr, partial_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_register_out_ptr, register_lse_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_register_b, stride_grad_register_r,
     n_tokens, n_registers, n_head, scale, n_chunks, n_slots,
@@ -119,7 +119,7 @@ def _register_backward_kernel(
     q, do, lse, delta = _register_queries(
         register_ptr, rope_ptr, register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
         grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
-        register_stats_ptr + slab.to(tl.int64) * n_registers,
+        register_lse_ptr + slab.to(tl.int64) * n_registers,
         n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
@@ -149,7 +149,7 @@ def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexp
     seen = (tl.arange(0, k.shape[0]) < end)[None, :]
     p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
     ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
-    return dot(narrow(ds, k.dtype), k, PRECISION)
+    return dot(round_to(ds, k.dtype), k, PRECISION)
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
     y = LN(conv(x)) · norm_weight + norm_bias        x (B, C, L) or (B, C, H, W) by strides, y (B, *sizes, C)
 
-Formulas and kernels are in `depthwise_conv` (forward, gradient of x) and `depthwise_conv_backward` (the rest). Kept
+Formulas and kernels are in `depthwise` (forward, gradient of x) and `depthwise_backward` (the rest). Kept
 for backward: x as it came, x̂ in y's dtype and a float32 rstd a position; without an affine (norm_weight None: it was
 folded into the layer that follows) x̂ is y itself. Bytes a position and channel, bf16: forward 6 (4 without gradients
 or without an affine), backward 6 + 6 in 1-D, 6 + 8 in 2-D, where caches hold the rows between taps.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import depthwise_conv, depthwise_conv_backward
+from fastblocks.kernels.convnext import depthwise, depthwise_backward
 from fastblocks.kernels.launch import CompileCase
 from fastblocks.kernels.recording import recorded
 
@@ -24,7 +24,7 @@ MAX_CHANNELS = 2048  # a position's channels are normalized in registers: 2048 �
 MAX_KERNEL = 63  # a side; tests go as far
 
 
-def obstacle(x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
+def unsupported_reason(x: Tensor, weight: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
     if weight.shape[0] > MAX_CHANNELS:
         return f"{weight.shape[0]} channels do not fit in registers, {MAX_CHANNELS} do"
@@ -60,7 +60,7 @@ def _forward(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes,
         weight, weight_strides = weight.reshape(channels, taps).t().contiguous(), (1, channels)
     else:
         weight, weight_strides = weight.reshape(channels, taps).contiguous(), (taps, 1)
-    depthwise_conv.convolve(
+    depthwise.convolve(
         x,
         weight,
         weight_strides,
@@ -85,7 +85,7 @@ def _backward(grad_y, x, weight, bias, norm_weight, norm_bias, normalized, rstd,
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     grads = [None if t is None else torch.empty_like(t) for t in (norm_weight, norm_bias, bias)]
     grid = (batch, *_pair(grad_y.shape[1:-1]), channels)
-    depthwise_conv_backward.backward(
+    depthwise_backward.backward(
         grad_y.contiguous().view(grid),
         _planes(x),
         weight.reshape(channels, -1).t().contiguous(),
@@ -199,7 +199,7 @@ def aot_cases(architecture: str = "sm_90") -> Iterator[CompileCase]:
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8)):
         for stride in (1, 2):
             shapes[f"cnx-2d C {channels} stride {stride}"] = (4, channels, height, width), (stride, stride)
-    modules = (depthwise_conv, depthwise_conv_backward)
+    modules = (depthwise, depthwise_backward)
     for dtype in (torch.bfloat16, torch.float32):
         for name, (shape, stride) in shapes.items():
             for transposed in (False, True):

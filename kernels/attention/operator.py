@@ -10,7 +10,7 @@ only when asked for. Rows past 2^31 elements are addressed in int64.
 Two families of kernels, chosen by shape alone: `attention_whole` (all keys of a head on chip; short sequences) and
 `attention_blocks` (everything else; work and memory grow with T · (window + R)), with `attention_registers` beside it.
 Kept for backward: the inputs, and for the second family out and the base-2 logarithm of the softmax's sum:
-`stats`, flat, (B, H, T) and then, where the registers' output was asked for, (B, H, R).
+`lse`, flat, (B, H, T) and then, where the registers' output was asked for, (B, H, R).
 Each file counts its own bytes and FLOPs.
 """
 
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastblocks.kernels.attention_launchers import aot_cases, backward, forward, is_whole, stats_size
+from fastblocks.kernels.attention.launchers import aot_cases, backward, forward, is_whole, lse_size
 
-__all__ = ["aot_cases", "obstacle", "rope_attention"]
+__all__ = ["aot_cases", "rope_attention", "unsupported_reason"]
 
 MIN_HEAD_DIM = 8
 MAX_HEAD_DIM = 256
 MAX_REGISTERS = 64  # one tile of keys
 
 
-def obstacle(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None) -> str:
+def unsupported_reason(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None) -> str:
     """Why these kernels do not take a call; an empty string if they do."""
     head_dim = qkv.shape[2] // (3 * n_head)
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
@@ -50,28 +50,28 @@ def obstacle(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None
 _library = torch.library.Library("fastblocks", "FRAGMENT")
 _library.define(
     "rope_attention(Tensor qkv, Tensor rope, Tensor? register_qkv, int n_head, int window, bool registers_out, "
-    "bool keep_stats) -> (Tensor, Tensor, Tensor)"
+    "bool keep_lse) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "rope_attention_backward(Tensor grad_out, Tensor? grad_register_out, Tensor qkv, Tensor rope, "
-    "Tensor? register_qkv, Tensor out, Tensor register_out, Tensor stats, int n_head, int window) -> (Tensor, Tensor)"
+    "Tensor? register_qkv, Tensor out, Tensor register_out, Tensor lse, int n_head, int window) -> (Tensor, Tensor)"
 )
 
 
-def _forward_fake(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats):
+def _forward_fake(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse):
     batch, n_tokens, width = qkv.shape
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
-    saved = keep_stats and not is_whole(qkv, n_head, n_registers)
+    saved = keep_lse and not is_whole(qkv, n_head, n_registers)
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
         qkv.new_empty((batch, n_registers, width // 3) if registers_out else (0,)),
         qkv.new_empty(
-            (stats_size(batch * n_head, n_tokens, n_registers, registers_out) if saved else 0,), dtype=torch.float32
+            (lse_size(batch * n_head, n_tokens, n_registers, registers_out) if saved else 0,), dtype=torch.float32
         ),
     )
 
 
-def _backward_fake(grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, stats, n_head, window):
+def _backward_fake(grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, lse, n_head, window):
     return qkv.new_empty(qkv.shape), qkv.new_empty((0,) if register_qkv is None else register_qkv.shape)
 
 
@@ -79,16 +79,16 @@ class _RopeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, rope, register_qkv, n_head, window, registers_out):
         with torch._C._AutoDispatchBelowAutograd():
-            out, register_out, stats = _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, True)
-        ctx.save_for_backward(qkv, rope, register_qkv, out, register_out, stats)
+            out, register_out, lse = _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, True)
+        ctx.save_for_backward(qkv, rope, register_qkv, out, register_out, lse)
         ctx.n_head, ctx.window, ctx.registers_out = n_head, window, registers_out
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats) if registers_out else ctx.mark_non_differentiable(register_out, stats)
-        return out, register_out, stats
+        ctx.mark_non_differentiable(lse) if registers_out else ctx.mark_non_differentiable(register_out, lse)
+        return out, register_out, lse
 
     @staticmethod
     def backward(ctx, grad_out, grad_register_out, _):
-        qkv, rope, register_qkv, out, register_out, stats = ctx.saved_tensors
+        qkv, rope, register_qkv, out, register_out, lse = ctx.saved_tensors
         if grad_out is None and grad_register_out is None:
             return (None,) * 6
         if torch.is_grad_enabled():  # create_graph=True: the plain formula can be differentiated again
@@ -101,7 +101,7 @@ class _RopeAttention(torch.autograd.Function):
         if grad_register_out is None and ctx.registers_out:
             grad_register_out = torch.zeros_like(register_out)
         grad_qkv, grad_register = _rope_attention_backward(
-            grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, stats, ctx.n_head, ctx.window
+            grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, lse, ctx.n_head, ctx.window
         )
         return grad_qkv, None, None if register_qkv is None else grad_register, None, None, None
 
@@ -109,7 +109,7 @@ class _RopeAttention(torch.autograd.Function):
 def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window):
     """Gradients of qkv and register_qkv that can be differentiated again."""
     from fastblocks.eager import attention as eager
-    from fastblocks.eager._derivatives import by_formula
+    from fastblocks.eager.derivatives import by_formula
 
     grads = [grad for grad in (grad_out, grad_register_out) if grad is not None]
 
@@ -122,11 +122,11 @@ def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_h
         return by_formula(formula, (qkv, register_qkv), grads)
 
 
-def _autograd(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats):
+def _autograd(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse):
     if torch.is_grad_enabled() and (qkv.requires_grad or (register_qkv is not None and register_qkv.requires_grad)):
         return _RopeAttention.apply(qkv, rope, register_qkv, n_head, window, registers_out)
     with torch._C._AutoDispatchBelowAutograd():
-        return _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, keep_stats)
+        return _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse)
 
 
 for _key in ("CPU", "CUDA"):
@@ -142,6 +142,6 @@ _rope_attention_backward = torch.ops.fastblocks.rope_attention_backward.default
 def rope_attention(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastblocks.functional.rope_attention` for what `obstacle` lets through."""
+    """`fastblocks.functional.rope_attention` for what `unsupported_reason` lets through."""
     out, register_out, _ = _rope_attention(qkv, rope, register_qkv, n_head, window, return_registers, False)
     return (out, register_out) if return_registers else out

@@ -17,7 +17,7 @@ def dot(a, b, PRECISION: tl.constexpr, accumulator=None):
 
 
 @triton.jit
-def narrow(x, DTYPE: tl.constexpr):
+def round_to(x, DTYPE: tl.constexpr):
     """float32 to DTYPE, to nearest even. The interpreter truncates to bfloat16, so there the bits are rounded first."""
     if INTERPRETED and tl.bfloat16 == DTYPE and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels import launch
-from fastblocks.kernels._recurrent import (
+from fastblocks.kernels.numerics import round_to
+from fastblocks.kernels.recurrent import config as table
+from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
     input_sums,
@@ -20,7 +22,6 @@ from fastblocks.kernels._recurrent import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.products import narrow
 from fastblocks.kernels.runtime import INTERPRETED, tl, triton
 
 # Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
@@ -117,14 +118,14 @@ def _grouped_rnn_forward_kernel(
     # the projection is a product of its own, loaded) during step s.
     t = start.to(tl.int64)
     if FUSED:
-        x = narrow(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
+        x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
         s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
-    rounded = narrow(h, DTYPE)
+    rounded = round_to(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
         if FUSED:
             ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
-            x = narrow(load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I), DTYPE)
+            x = round_to(load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I), DTYPE)
         else:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
             s0, s1, s2, s3 = unpack(low, high, DTYPE)
@@ -139,17 +140,17 @@ def _grouped_rnn_forward_kernel(
             h = g3 * tanh(c, ACTIVATION)
         else:
             h = g2 + g1 * (h - g2)
-        rounded = narrow(h, DTYPE)
+        rounded = round_to(h, DTYPE)
         tl.store(y_ptrs + t * stride_y_t, rounded, mask=mask)
         if KEEP:
             store_quads(gates_ptrs + t * stride_g_t, g0, g1, g2, g3, mask, DTYPE)
         if cell_ptr is not None:
-            tl.store(cell_ptrs + t * stride_c_t, narrow(c, DTYPE), mask=mask)
+            tl.store(cell_ptrs + t * stride_c_t, round_to(c, DTYPE), mask=mask)
         if FUSED:
             s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
-        tl.store(c_last_ptr + state_index, narrow(c, DTYPE), mask=mask)
+        tl.store(c_last_ptr + state_index, round_to(c, DTYPE), mask=mask)
 
 
 def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
@@ -203,7 +204,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(launch.recurrent(units, lstm, False, fused, dtype == torch.float32))
+    return at_least(table.time_loop(units, lstm, False, fused, dtype == torch.float32))
 
 
 def at_least(config: launch.LaunchConfig) -> launch.LaunchConfig:
@@ -278,7 +279,7 @@ def workloads(architecture: str):
     for name, (groups, inputs, hidden, directions) in WORKLOADS.items():
         for lstm in (False, True):
             for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                if hidden > launch.recurrent_largest(architecture, dtype == torch.float32):
+                if hidden > table.largest_hidden(architecture, dtype == torch.float32):
                     continue
                 fused = max(inputs, hidden) <= (FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT)
                 constants = {"DIRECTIONS": directions, "LSTM": lstm, "FUSED": fused}

@@ -11,7 +11,7 @@ fill a tensor core's instruction instead of 16.
 
 # ruff: noqa: RET505, SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
-from fastblocks.kernels.products import dot, narrow
+from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -78,12 +78,12 @@ def load_weights(
     """The tiles of all gates, block-diagonal: [units, k], or [k, units]."""
     SUMS: tl.constexpr = 4 if LSTM else 3
     index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, UNITS_FIRST)
-    w0 = narrow(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
-    w1 = narrow(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
-    w2 = narrow(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
+    w0 = round_to(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
+    w1 = round_to(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
+    w2 = round_to(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
     w3 = w2
     if LSTM:
-        w3 = narrow(tl.load(ptr + index + 3 * H * K, mask=mask, other=0.0), DTYPE)
+        w3 = round_to(tl.load(ptr + index + 3 * H * K, mask=mask, other=0.0), DTYPE)
     return w0, w1, w2, w3
 
 
@@ -157,7 +157,7 @@ def as_word(values, SHIFT: tl.constexpr, DTYPE: tl.constexpr):
     if DTYPE == tl.float32:
         bits = values.to(tl.uint32, bitcast=True)
     else:
-        bits = narrow(values, DTYPE).to(tl.uint16, bitcast=True)
+        bits = round_to(values, DTYPE).to(tl.uint16, bitcast=True)
     return bits.to(tl.int64) << SHIFT
 
 

@@ -20,11 +20,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch as launch_table
-from fastblocks.kernels import mlp, runtime, sums
+from fastblocks.kernels import reduce, runtime
+from fastblocks.kernels.convnext import config, mlp
+from fastblocks.kernels.launch import CompileCase
 from fastblocks.kernels.recording import recorded
+from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
-from fastblocks.kernels.sums import sum_rows
 
 # Where the hidden units stay on the chip. Bytes: 10C a position instead of 54C; at 128 channels the products still
 # take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
@@ -121,7 +122,7 @@ def _grad_activation_kernel(
     tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=mask_f)
 
 
-def obstacle(x: Tensor, *others: Tensor | None) -> str:
+def unsupported_reason(x: Tensor, *others: Tensor | None) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
     for tensor in others:
         if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -160,7 +161,7 @@ def _forward(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     else:
         hidden = torch.nn.functional.gelu(hidden)
     product = torch.mm(hidden, weight2.to(dtype).t())
-    positions, launch = flat_y.shape[2], launch_table.transposing(c_out)
+    positions, launch = flat_y.shape[2], config.transposing(c_out)
     strides = (0, 0, 0) if residual is None else residual.stride()
     _finish_kernel[(-(-positions // launch["BLOCK_S"]), -(-c_out // launch["BLOCK_C"]), batch)](
         product_ptr=product,
@@ -207,9 +208,9 @@ def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, nee
     if not pre.numel():
         pre = torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t())
     grad_rows = torch.empty((n_rows, c_out), dtype=dtype, device=x.device)
-    launch = launch_table.transposing(c_out)
+    launch = config.transposing(c_out)
     blocks_s, blocks_c = -(-positions // launch["BLOCK_S"]), -(-c_out // launch["BLOCK_C"])
-    slabs = launch_table.slabs(runtime.multiprocessors(x.device), batch * blocks_s, blocks_c)
+    slabs = config.slabs(runtime.multiprocessors(x.device), batch * blocks_s, blocks_c)
     partial2 = torch.empty((slabs, c_out), dtype=torch.float32, device=x.device)
     _to_rows_kernel[(slabs, blocks_c)](
         grad_y_ptr=grad_y,
@@ -226,9 +227,9 @@ def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, nee
     )
     grad_pre = torch.mm(grad_rows, weight2.to(dtype))
     hidden = torch.empty_like(grad_pre)
-    launch = launch_table.pointwise(hidden_units)
+    launch = config.pointwise(hidden_units)
     blocks_f = -(-hidden_units // launch["BLOCK_F"])
-    slabs = launch_table.slabs(runtime.multiprocessors(x.device), -(-n_rows // launch["BLOCK_M"]), blocks_f)
+    slabs = config.slabs(runtime.multiprocessors(x.device), -(-n_rows // launch["BLOCK_M"]), blocks_f)
     partial1 = torch.empty((slabs, hidden_units), dtype=torch.float32, device=x.device)
     _grad_activation_kernel[(slabs, blocks_f)](
         pre_ptr=pre,
@@ -310,7 +311,7 @@ class _ConvNeXtMLP(torch.autograd.Function):
 
 
 def _differentiable_backward(grad_y, inputs, need, dtype):
-    from fastblocks.eager.mlp import convnext_mlp as formula
+    from fastblocks.eager.convnext import convnext_mlp as formula
 
     x = inputs[0]
     with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
@@ -340,7 +341,7 @@ def convnext_mlp(x, weight1, bias1, weight2, bias2, residual, recompute: bool = 
     return _forward_op(*tensors, dtype, needed and not recompute)[0]
 
 
-def aot_cases(architecture: str = "sm_90") -> Iterator[launch_table.CompileCase]:
+def aot_cases(architecture: str = "sm_90") -> Iterator[CompileCase]:
     """Every kernel of the standard workloads, as it would be launched, forward and backward."""
     shapes = {"cnx-1d": (16, 1000, 512)}
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8)):
@@ -358,4 +359,4 @@ def aot_cases(architecture: str = "sm_90") -> Iterator[launch_table.CompileCase]
                 _backward(y, x, *parameters, pre, dtype, True, True)
 
             label = f"{name} {str(dtype).removeprefix('torch.')}"
-            yield from recorded(architecture, label, (mlp, sums, sys.modules[__name__]), run)
+            yield from recorded(architecture, label, (mlp, reduce, sys.modules[__name__]), run)

@@ -5,7 +5,7 @@ HEAD_DIM are loaded as zeros and not stored. Base pointers are advanced in int64
 Rows of the whole sequence count registers first: row i < R is register i, row R + t is token t; a row is a position.
 """
 
-from fastblocks.kernels.products import narrow
+from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU has exp2 in hardware
@@ -29,7 +29,7 @@ def store_rows(ptr, x, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
     """The counterpart of `load_rows`; x is rounded to the pointer's dtype."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = ((offs >= 0) & (offs < end))[:, None] & (offs_d < HEAD_DIM)[None, :]
-    tl.store(ptr + offs[:, None] * stride + offs_d[None, :], narrow(x, ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + offs[:, None] * stride + offs_d[None, :], round_to(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def load_rotated(
     """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATE False: they are rotated in memory already."""
     x = load_rows(ptr, offs, end, stride, HEAD_DIM, BLOCK_D, EVEN)
     if ROTATE:
-        x = narrow(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN, False), x.dtype)
+        x = round_to(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN, False), x.dtype)
     return x
 
 
@@ -73,14 +73,14 @@ def load_sequence(
 
 @triton.jit
 def visible(
-    offs_q, offs_k, n_registers, n_rows, reach,
+    offs_q, offs_k, n_registers, n_rows, half_window,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     """Which rows of the whole sequence row offs_q sees: [queries, keys]."""
     mask = (offs_k < n_rows)[None, :]
     if HAS_WINDOW:
         distance = offs_q[:, None] - offs_k[None, :]
-        near = (distance <= reach) & (distance >= -reach)
+        near = (distance <= half_window) & (distance >= -half_window)
         if HAS_REGISTERS:
             near = near | (offs_k < n_registers)[None, :] | (offs_q < n_registers)[:, None]
         mask = mask & near

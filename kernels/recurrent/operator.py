@@ -27,9 +27,9 @@ backward then runs forward once more. Sums over tiles or slices are added in a f
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch
-from fastblocks.kernels.recurrent_backward import backward
-from fastblocks.kernels.recurrent_forward import (
+from fastblocks.kernels.recurrent import config as table
+from fastblocks.kernels.recurrent.backward import backward
+from fastblocks.kernels.recurrent.forward import (
     KEEP_GATES,
     KEEP_LITTLE,
     KEEP_NOTHING,
@@ -50,7 +50,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *rest: Tensor | None) -> str:
+def unsupported_reason(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *rest: Tensor | None) -> str:
     """Why these kernels do not take a call, or an empty string. The rest are biases and states, where given."""
     dtype = compute_dtype(x)
     tensors = [t for t in (weight_ih, weight_hh, *rest) if t is not None]
@@ -60,7 +60,7 @@ def obstacle(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *rest: Tensor | No
         return "input and weights differ in dtype"
     if any(t.device != x.device for t in tensors):
         return "the tensors are not on one device"
-    hidden, largest = weight_hh.shape[3], launch.recurrent_largest(architecture(x.device), dtype == torch.float32)
+    hidden, largest = weight_hh.shape[3], table.largest_hidden(architecture(x.device), dtype == torch.float32)
     if hidden > largest:
         return (
             f"hidden size {hidden} is over {largest}: weights that do not stay on the chip are the library's strength"

@@ -18,9 +18,9 @@ row of a buffer; `_sum_slabs_kernel` adds the rows in order. No atomics: the sam
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch as launch_table
 from fastblocks.kernels import runtime
-from fastblocks.kernels.depthwise_conv import _pack, _unpack, convolve, span, vector_of
+from fastblocks.kernels.convnext import config
+from fastblocks.kernels.convnext.depthwise import _pack, _unpack, convolve, span, vector_of
 from fastblocks.kernels.runtime import tl, triton
 
 # Taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 a thread are 64 registers.
@@ -104,7 +104,7 @@ def _grad_weight_kernel(
     TAPS: tl.constexpr,
     GRAD_X: tl.constexpr,
     VECTOR: tl.constexpr,
-    LARGE: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -144,7 +144,7 @@ def _grad_weight_kernel(
         stride_x_b = stride_x_b // VECTOR * VECTOR
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
-    offs_xc = offs_c.to(tl.int64) * stride_x_c if LARGE else offs_c * stride_x_c
+    offs_xc = offs_c.to(tl.int64) * stride_x_c if INDEX_INT64 else offs_c * stride_x_c
     sums = ()
     weights = ()
     for j in tl.static_range(TAPS):
@@ -165,7 +165,7 @@ def _grad_weight_kernel(
         q_w = start_w + offs_q % BLOCK_W * RUN
         h = q_h * GAP_H + phase_h
         mask_h = h < H
-        offs_h = h.to(tl.int64) * stride_x_h if LARGE else h * stride_x_h
+        offs_h = h.to(tl.int64) * stride_x_h if INDEX_INT64 else h * stride_x_h
         x_batch_ptr = x_ptr + batch * stride_x_b
         if VECTOR > 1:
             mask = mask_c[:, None] & (mask_h & (q_w < W))[None, :]
@@ -175,7 +175,7 @@ def _grad_weight_kernel(
             runs = ()
             for f in tl.static_range(RUN):
                 w = (q_w + f) * GAP_W + phase_w
-                offs_w = w.to(tl.int64) * stride_x_w if LARGE else w * stride_x_w
+                offs_w = w.to(tl.int64) * stride_x_w if INDEX_INT64 else w * stride_x_w
                 mask = mask_c[:, None] & (mask_h & (w < W))[None, :]
                 offs = offs_xc[:, None] + (offs_h + offs_w)[None, :]
                 runs = runs + (tl.load(x_batch_ptr + offs, mask=mask, other=0.0),)
@@ -189,7 +189,7 @@ def _grad_weight_kernel(
         for d in tl.static_range(SPAN):
             u_w = q_w * STEP_W + (first_w + d)
             mask = mask_c[:, None] & (mask_u & (u_w >= 0) & (u_w < W_OUT))[None, :]
-            row = u_h.to(tl.int64) * W_OUT + u_w if LARGE else u_h * W_OUT + u_w
+            row = u_h.to(tl.int64) * W_OUT + u_w if INDEX_INT64 else u_h * W_OUT + u_w
             grad_u = tl.load(u_batch_ptr + offs_c[:, None] + (row * C)[None, :], mask=mask, other=0.0).to(tl.float32)
             updated_sums = ()
             for j in tl.static_range(TAPS):
@@ -216,7 +216,7 @@ def _grad_weight_kernel(
             total = _pack(grad_x, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
             w = (q_w[:, None] + tl.arange(0, RUN)[None, :]) * GAP_W + phase_w
             mask = mask_c[:, None, None] & (mask_h[:, None] & (w < W))[None, :, :]
-            if LARGE:
+            if INDEX_INT64:
                 offs = h.to(tl.int64)[:, None] * stride_grad_x_h + w.to(tl.int64) * stride_grad_x_w
                 offs = offs[None, :, :] + (offs_c.to(tl.int64) * stride_grad_x_c)[:, None, None]
             else:
@@ -315,7 +315,7 @@ def backward(
     architecture, multiprocessors = runtime.architecture(x.device), runtime.multiprocessors(x.device)
 
     rows = rstd.numel()
-    launch, programs = launch_table.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
+    launch, programs = config.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
     grad_u = torch.empty_like(grad_y)
     norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
     _norm_backward_kernel[(programs,)](
@@ -337,7 +337,7 @@ def backward(
     parts = gaps[0] * gaps[1] * taps_h * -(-taps_w // taps)
     vector = vector_of(x, width) if gaps[1] == 1 else 1
     fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
-    launch, slabs = launch_table.grad_weight(
+    launch, slabs = config.grad_weight(
         architecture,
         multiprocessors,
         batch=batch,
@@ -384,7 +384,7 @@ def backward(
         TAPS=taps,
         GRAD_X=fused,
         VECTOR=vector,
-        LARGE=max(span(x), height_out * width_out * channels) >= 2**31,
+        INDEX_INT64=max(span(x), height_out * width_out * channels) >= 2**31,
         **launch.keywords(),
     )
     if grad_x is not None and not fused:
@@ -404,7 +404,7 @@ def backward(
             normalize=False,
         )
 
-    launch = launch_table.sum_slabs(channels)
+    launch = config.sum_slabs(channels)
     _sum_slabs_kernel[(kernel[0] * kernel[1] + 3, -(-channels // launch["BLOCK_C"]))](
         weight_partial_ptr=weight_partial,
         norm_partial_ptr=norm_partial,

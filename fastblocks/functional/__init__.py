@@ -1,0 +1,23 @@
+"""The fused operations as functions: each checks its arguments, asks `backend` who runs it, and calls that one.
+
+Below this file everything may assume that shapes fit together. B is the batch, T the sequence length, C the channels,
+H heads or hidden units, D = C / H, R registers, G groups. Floating-point inputs are float32, bfloat16, float16 or
+float64; the statistics of norms, softmax and recurrent states are kept in float32 (float64 for float64).
+"""
+
+from fastblocks.functional.attention import rope_attention, rope_table
+from fastblocks.functional.convnext import convnext_mlp, depthwise_conv_layer_norm
+from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
+from fastblocks.functional.rows import rms_norm, swiglu, swiglu_mlp
+
+__all__ = [
+    "convnext_mlp",
+    "depthwise_conv_layer_norm",
+    "grouped_gru",
+    "grouped_lstm",
+    "rms_norm",
+    "rope_attention",
+    "rope_table",
+    "swiglu",
+    "swiglu_mlp",
+]
