@@ -3,6 +3,26 @@
 Every class is here, and under the path of its original: `fastblocks.generator.RoFormerBlock.RoFormerBlock`.
 """
 
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def _find_kernels() -> None:
+    """An installation has the kernels in the package; a clone has them beside it, and is usable without installing."""
+    inside, beside = Path(__file__).with_name("kernels"), Path(__file__).parent.with_name("kernels")
+    if inside.exists() or not (beside / "runtime.py").exists():
+        return
+    name = f"{__name__}.kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, beside / "__init__.py", submodule_search_locations=[str(beside)]
+    )
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+_find_kernels()
+
 from fastblocks import functional
 from fastblocks.backend import explain, use_backend
 from fastblocks.convert import convert

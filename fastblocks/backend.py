@@ -13,6 +13,7 @@ Every function of `fastblocks.functional` asks `decide` once a call. The rule, i
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +89,10 @@ def _kernel_runtime() -> "tuple[ModuleType | None, str]":
     try:
         from fastblocks.kernels import runtime
     except ImportError as problem:
+        if (problem.name or "").startswith("fastblocks"):  # not a machine without Triton, but half an installation
+            reason = f"this installation of fastblocks is incomplete: {problem}"
+            warnings.warn(f"{reason}; everything runs in plain PyTorch", stacklevel=2)
+            return None, reason
         return None, f"Triton cannot be imported: {problem}"
     return runtime, ""
 

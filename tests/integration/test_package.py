@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fastblocks
+import fastblocks.kernels as kernel_package
 from fastblocks import backend
 
 ROOT = Path(fastblocks.__file__).parent
@@ -31,13 +33,13 @@ CLASSES = {
 }
 
 
-def python(code, **environment):
-    """Run code in a fresh process and return what it prints."""
+def python(code, folder=ROOT.parent, **environment):
+    """Run code in a fresh process, in a folder, and return what it prints."""
     clean = {
         name: value for name, value in os.environ.items() if name not in ("FASTBLOCKS_BACKEND", "TRITON_INTERPRET")
     }
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, env=clean | environment
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=clean | environment
     )
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
@@ -99,6 +101,41 @@ sys.meta_path.insert(0, Blocked())
 
 def test_everything_works_without_triton():
     assert python(BLOCK_TRITON + USE_EVERYTHING + "print('done')") == "done"
+
+
+def copy_of_the_package(folder, kernels):
+    shutil.copytree(ROOT, folder / "fastblocks", ignore=shutil.ignore_patterns("kernels", "__pycache__"))
+    if kernels:
+        shutil.copytree(Path(kernel_package.__path__[0]), folder / "kernels")
+
+
+RUN_ON_KERNELS = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
+import torch, fastblocks
+fastblocks.use_backend("triton")
+print(fastblocks.__file__, fastblocks.explain(fastblocks.RNNBlock(8, 1, 2), torch.randn(1, 5, 8)))
+"""
+
+
+def test_a_clone_that_is_not_installed_has_its_kernels(tmp_path):
+    copy_of_the_package(tmp_path, kernels=True)
+    said = python(RUN_ON_KERNELS, tmp_path, TRITON_INTERPRET="1")
+    assert str(tmp_path) in said and "grouped_gru: triton" in said
+
+
+def test_a_package_without_its_kernels_says_so(tmp_path):
+    copy_of_the_package(tmp_path, kernels=False)
+    code = """
+import torch, fastblocks, warnings
+from fastblocks import backend
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(backend._kernel_runtime()[1], len(caught))
+"""
+    code = RUN_ON_KERNELS.split("import torch")[0] + code
+    assert python(code, tmp_path).startswith("this installation of fastblocks is incomplete")
+    assert python(code, tmp_path).endswith(" 1")
 
 
 def test_asking_for_triton_without_it_says_so():
@@ -245,7 +282,9 @@ def test_imports_point_downwards(path):
 
 
 def test_kernels_import_no_module():
-    for path in (ROOT / "kernels").rglob("*.py"):
+    paths = list(Path(kernel_package.__path__[0]).rglob("*.py"))
+    assert len(paths) > 10
+    for path in paths:
         for name in imports(path):
             allowed = not name.startswith("fastblocks.") or name.startswith(("fastblocks.kernels", "fastblocks.eager"))
             assert allowed or name.startswith("fastblocks.backend"), f"{path.name} imports {name}"
