@@ -23,8 +23,8 @@ from benchmarks.table import make_table
 WIDE = 170  # columns of a table that goes into a file or a pipe
 COMMANDS = {  # name -> module, and what it does
     "train": ("benchmarks.train", "train a small restoration model"),
-    "compile": ("benchmarks.compiling", "compile every kernel for GPUs that need not be there; registers, spills, …"),
-    "tune": ("benchmarks.tuning", "measure launch configurations on the GPU that is there"),
+    "compile": ("benchmarks.aot.compiling", "compile every kernel, without a GPU: registers, spills, …"),
+    "tune": ("benchmarks.aot.tuning", "measure launch configurations on the GPU that is there"),
     "report": ("benchmarks.report", "draw the README's table and the plots from result files"),
 }
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import fastblocks
-from benchmarks import plots, report, results, suite, tuning, unattended, workloads
+from benchmarks import plots, report, results, suite, unattended, workloads
 from benchmarks.__main__ import main
-from benchmarks.machine_code import Resources, resident_warps
+from benchmarks.aot import tuning
+from benchmarks.aot.machine_code import Resources, resident_warps
 from benchmarks.timing import Timing
 
 CPU = torch.device("cpu")

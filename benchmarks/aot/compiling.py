@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.machine_code import Resources, missing_tools, resident_warps, resources
+from benchmarks.aot.machine_code import Resources, missing_tools, resident_warps, resources
 
 TARGETS = {  # name of the launch tables -> what triton.compile takes
     "sm_80": ("cuda", 80, 32),

@@ -134,7 +134,7 @@ def compiled_cases(workload: str, architecture: str) -> dict[str, object]:
 
     Kernels label their cases with the workload's name or the start of it.
     """
-    from benchmarks.compiling import jobs
+    from benchmarks.aot.compiling import jobs
 
     parts = workload.split("-")
     for length in range(len(parts), 0, -1):
@@ -151,7 +151,7 @@ def objection(workload: str, architecture: str, known: dict[str, object]) -> str
         architecture: a key of `compiling.TARGETS`.
         known: the cases that are compiled anyway.
     """
-    from benchmarks.compiling import compile_job
+    from benchmarks.aot.compiling import compile_job
 
     changed = [job for key, job in compiled_cases(workload, architecture).items() if key not in known]
     for job in changed:
