@@ -112,9 +112,10 @@ def copy_of_the_package(folder, kernels):
 RUN_ON_KERNELS = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-import torch, fastblocks
+import torch, fastblocks.kernels
 fastblocks.use_backend("triton")
-print(fastblocks.__file__, fastblocks.explain(fastblocks.RNNBlock(8, 1, 2), torch.randn(1, 5, 8)))
+print(fastblocks.kernels.__file__, fastblocks.__file__)
+print(fastblocks.explain(fastblocks.RNNBlock(8, 1, 2), torch.randn(1, 5, 8)))
 """
 
 
