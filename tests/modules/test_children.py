@@ -20,6 +20,17 @@ with warnings.catch_warnings():
     from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
 
 
+class Bands(nn.Module):
+    """Band with a forward: there and back."""
+
+    def __init__(self):
+        super().__init__()
+        self.band = fastblocks.Band(8000, 64, 9, 2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.band.unsplit(self.band.split(x))
+
+
 def convnext(dimensions: int, mode: str = "normal", stride: int = 1, **options) -> Callable[[], nn.Module]:
     kind = {1: fastblocks.ConvNeXt1DBlock, 2: fastblocks.ConvNeXt2DBlock}[dimensions]
     return lambda: kind(3, stride, 6, 6, mode, **options)
@@ -34,6 +45,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convnext2d": (convnext(2, stride=2), (2, 6, 7, 5)),
     "convnext2d-transposed": (convnext(2, "transposed", 2), (2, 6, 4, 3)),
     "msrkit": (convnext(1, variant="msrkit"), (2, 6, 11)),
+    "bands": (Bands, (2, 33, 3, 2)),
 }
 
 
@@ -259,6 +271,8 @@ def test_groups_may_be_torchs_own():
         ("lstm", "rnn.rnns.3", "grouped_lstm"),
         ("convnext1d", "norm", "depthwise_conv_layer_norm"),
         ("convnext2d", "pwconv1", "convnext_mlp"),
+        ("bands", "band.pre_bandnet", "band_split"),
+        ("bands", "band.post_bandnet", "band_unsplit"),
     ],
 )
 def test_explain_names_the_child(name, path, operation):
@@ -273,7 +287,7 @@ def test_explain_names_the_child(name, path, operation):
     assert "called as modules" in line and path.rpartition(".")[2] in line
 
 
-@pytest.mark.parametrize("name", ["roformer", "gru", "convnext2d-transposed"])
+@pytest.mark.parametrize("name", ["roformer", "gru", "convnext2d-transposed", "bands"])
 def test_compiles_without_a_graph_break(name):
     """With adapters in it, and with a hook on a child."""
     torch.compiler.reset()
