@@ -239,7 +239,7 @@ class Band(nn.Module):
         """
         if x.dim() != 4 or x.shape[1] != self.bins or x.shape[3] != self.in_channels:
             raise ValueError(f"split needs x of shape (B, {self.bins}, T, {self.in_channels}), got {tuple(x.shape)}")
-        if may_fuse("band_split", x, self, pre_bandnet=BandLinear):
+        if may_fuse("band_split", self, pre_bandnet=BandLinear):
             return functional.band_split(x, self.pre_bandnet.weight, self.pre_bandnet.bias, self.ranges)
         bands = [F.pad(x[:, start:end], (0, 0, 0, 0, 0, self._width + start - end)) for start, end in self.ranges]
         lanes = torch.stack(bands, 1).permute(0, 3, 1, 2, 4).flatten(3)  # (B, T, K, Wmax·in)
@@ -255,7 +255,7 @@ class Band(nn.Module):
             raise ValueError(
                 f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
             )
-        if may_fuse("band_unsplit", x, self, post_bandnet=BandLinear):
+        if may_fuse("band_unsplit", self, post_bandnet=BandLinear):
             weight, bias = self.post_bandnet.weight, self.post_bandnet.bias
             return functional.band_unsplit(x, weight, bias, self.ranges, self.ola_window)
         lanes = self.post_bandnet(x.permute(0, 2, 3, 1)).unflatten(3, (self._width, self.in_channels))

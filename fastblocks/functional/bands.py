@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import bands as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 Ranges = Sequence[tuple[int, int]]
 
@@ -41,8 +40,8 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
             f"({len(ranges)}, at least {width * x.shape[3]}, O), got {shape(weight)}"
         ),
     )
-    backend.decide("band_split", x)
-    return eager.band_split(x, weight, bias, ranges)
+    require_floating("band_split", x=x, weight=weight, bias=bias)
+    return run("band_split", None, eager.band_split, x, weight, bias, ranges)
 
 
 def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_window: Tensor) -> Tensor:
@@ -73,8 +72,8 @@ def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_wi
             f"got {shape(x)} and {shape(weight)}"
         ),
     )
-    backend.decide("band_unsplit", x)
-    return eager.band_unsplit(x, weight, bias, ranges, ola_window)
+    require_floating("band_unsplit", x=x, weight=weight, bias=bias)
+    return run("band_unsplit", None, eager.band_unsplit, x, weight, bias, ranges, ola_window)
 
 
 def _width(ranges: Ranges) -> int:

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import spectral_norm as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
 def spectral_norm(weight: Tensor, u: Tensor, v: Tensor, *, n_power_iterations: int = 1, eps: float = 1e-12) -> Tensor:
@@ -36,5 +35,5 @@ def spectral_norm(weight: Tensor, u: Tensor, v: Tensor, *, n_power_iterations: i
     require(
         n_power_iterations >= 0, lambda: f"spectral_norm: n_power_iterations must not be negative: {n_power_iterations}"
     )
-    backend.decide("spectral_norm", weight)
-    return eager.spectral_norm(weight, u, v, n_power_iterations, eps)
+    require_floating("spectral_norm", weight=weight, u=u, v=v)
+    return run("spectral_norm", None, eager.spectral_norm, weight, u, v, n_power_iterations, eps)

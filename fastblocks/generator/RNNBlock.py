@@ -117,7 +117,7 @@ class GroupedRNN(nn.Module):
         require_channels_last_dim(x, self.n_embd, "GroupedRNN")
         self._check_state(x, state)
         groups = dict.fromkeys(self.rnns._modules, GroupParameters)
-        together = may_fuse(f"grouped_{self.rnn_type}", x, self.rnns, **groups)
+        together = may_fuse(f"grouped_{self.rnn_type}", self.rnns, **groups)
         y, last = _run(self.rnns, x, state) if together else self._group_by_group(x, state)
         return (y, last) if return_state else y
 

@@ -117,7 +117,7 @@ class ConvNeXtBlock(nn.Module):
 
     def _forward_convnext(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         y, residual = self._normed_convolution(x, sizes), self._residual(x, sizes)
-        if may_fuse("convnext_mlp", y, self, pwconv1=nn.Linear, pwconv2=nn.Linear, bias=True):
+        if may_fuse("convnext_mlp", self, pwconv1=nn.Linear, pwconv2=nn.Linear, bias=True):
             first, second = self.pwconv1, self.pwconv2
             return functional.convnext_mlp(y, first.weight, first.bias, second.weight, second.bias, residual=residual)
         return residual + self.pwconv2(F.gelu(self.pwconv1(y))).movedim(-1, 1)
@@ -125,7 +125,7 @@ class ConvNeXtBlock(nn.Module):
     def _normed_convolution(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         conv, norm, name = self.dwconv, self.norm, "depthwise_conv_layer_norm"
         kind = _CONV[self.spatial, self.transposed]
-        if may_fuse(name, x, self, dwconv=kind, norm=nn.LayerNorm, bias=True):
+        if may_fuse(name, self, dwconv=kind, norm=nn.LayerNorm, bias=True):
             if _geometry(conv) == self._geometry:
                 return functional.depthwise_conv_layer_norm(
                     x,
@@ -138,7 +138,7 @@ class ConvNeXtBlock(nn.Module):
                     output_size=sizes,
                     eps=norm.eps,
                 )
-            called_as_modules(name, x, ["dwconv"])
+            called_as_modules(name, ["dwconv"])
         return norm(conv(x, **self._output_size(sizes)).movedim(1, -1))
 
     def _output_size(self, sizes: tuple[int, ...]) -> dict[str, list[int]]:

@@ -42,14 +42,12 @@ class SwiGLU(nn.Module):
         self.c_proj = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if may_fuse("swiglu_mlp", x, self, c_fc1=nn.Linear, c_fc2=nn.Linear, c_proj=nn.Linear, bias=False):
+        if may_fuse("swiglu_mlp", self, c_fc1=nn.Linear, c_fc2=nn.Linear, c_proj=nn.Linear, bias=False):
             return functional.swiglu_mlp(x, self.c_fc1.weight, self.c_fc2.weight, self.c_proj.weight)
         return self.c_proj(functional.swiglu(self.c_fc1(x), self.c_fc2(x)))
 
 
-def may_fuse(
-    operation: str, x: Tensor, parent: nn.Module, *, bias: bool | None = None, **children: type[nn.Module]
-) -> bool:
+def may_fuse(operation: str, parent: nn.Module, *, bias: bool | None = None, **children: type[nn.Module]) -> bool:
     """True if a fused operation may read the parameters of a module's children past them; False: call them as modules.
 
     It may while calling them would do nothing else. A child that was replaced (LoRA, quantization, FSDP), that has
@@ -58,7 +56,6 @@ def may_fuse(
 
     Args:
         operation: the fused operation, for `explain`.
-        x: its input.
         parent: the module.
         bias: whether the children must or must not have one; None: no matter.
         **children: the class of each child, by name.
@@ -66,13 +63,13 @@ def may_fuse(
     modules, anywhere = parent._modules, _has_any_global_hook()
     others = [name for name, kind in children.items() if anywhere or not is_plain(modules[name], kind, bias)]
     if others:
-        called_as_modules(operation, x, others)
+        called_as_modules(operation, others)
     return not others
 
 
-def called_as_modules(operation: str, x: Tensor, names: list[str]) -> None:
+def called_as_modules(operation: str, names: list[str]) -> None:
     """Tell `explain` that children stand in the way of an operation."""
-    backend.decide(operation, x, lambda: f"replaced, hooked or changed, so called as modules: {', '.join(names)}")
+    backend.declined(operation, f"replaced, hooked or changed, so called as modules: {', '.join(names)}")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module], bias: bool | None) -> bool:
