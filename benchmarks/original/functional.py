@@ -95,7 +95,9 @@ def _grouped(name, x, weight_ih, weight_hh, bias_ih, bias_hh, state):
                 (zeros, zeros) if state is None else [s[..., g * hidden : (g + 1) * hidden].contiguous() for s in state]
             )
         run = torch.gru if name == "gru" else torch.lstm
-        y, *last = run(part, start, flat, bias_ih is not None, 1, 0.0, False, directions == 2, True)
+        # as torch.nn.GRU in training; cuDNN has a backward pass in no other mode
+        train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (part, *flat))
+        y, *last = run(part, start, flat, bias_ih is not None, 1, 0.0, train, directions == 2, True)
         outputs.append(y)
         states.append(last)
     last = [torch.cat(parts, dim=-1) for parts in zip(*states, strict=True)]

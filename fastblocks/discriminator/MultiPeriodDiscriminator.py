@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,11 +32,15 @@ class PeriodDiscriminator(nn.Module):
         self.output_conv = ConvLayer(Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)), norm, activate=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        missing = -x.shape[-1] % self.period
-        if missing:
+        length = x.shape[-1]
+        rows = -(-length // self.period)
+        missing = rows * self.period - length
+        if torch.compiler.is_compiling() and length > self.period:  # one graph, whether something is missing or not
+            x = torch.cat((x, x[..., -1 - self.period : -1].flip(-1)), dim=-1)[..., : rows * self.period]
+        elif missing:
             x = F.pad(x, (0, missing), "reflect")
         fmap: list[Tensor] = []
-        x = run_layers(self.layers, x.unflatten(-1, (-1, self.period)), fmap)
+        x = run_layers(self.layers, x.unflatten(-1, (rows, self.period)), fmap)
         return self.output_conv(x), fmap
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastblocks.eager.derivatives import by_formula, must_trace
+from fastblocks.eager.derivatives import by_formula, must_trace, twice_differentiable
 
 # Queries of a block see block + 2 · half_window keys: larger blocks waste more of them, smaller ones leave the products
 # small. On a CPU (2 cores, D 32, half_window 32, forward + backward): 32 queries 78 ms, 64 55 ms, 128 59 ms, 256 86 ms.
@@ -14,7 +14,7 @@ _MIN_BLOCK, _MAX_BLOCK = 64, 512
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate the channel pairs of x (B, T, …, D) by the angles of rope (T, D/2, 2)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    rope = rope.to(wide).reshape(rope.shape[0], *(1,) * (x.dim() - 3), -1, 2)
+    rope = rope.to(wide).reshape(rope.shape[0], *(1,) * (x.dim() - 3), *rope.shape[1:])
     pairs = x.to(wide).unflatten(-1, (-1, 2))
     if must_trace() or not _viewable_as_complex(pairs):
         cos, sin = rope.unbind(-1)
@@ -49,7 +49,7 @@ def rope_attention(
     q_r = k_r = v_r = None
     if registers:
         q_r, k_r, v_r = (t.expand(batch, -1, -1, -1) for t in _heads(register_qkv, rope[:registers], n_head))
-    if window == -1:
+    if window == -1 or length == 0:
         y = _full(q, k, v, k_r, v_r)
     else:
         y = _windowed(q, k, v, k_r, v_r, window // 2)
@@ -67,8 +67,12 @@ def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | Non
 def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, half_window: int) -> Tensor:
     """Blocks of queries, each against its own stretch of keys and the registers."""
     batch, heads, length, _ = q.shape
-    block = min(max(_MIN_BLOCK, half_window), _MAX_BLOCK, length)
-    blocks = -(-length // block)
+    block = min(max(_MIN_BLOCK, half_window), _MAX_BLOCK)
+    if torch.compiler.is_compiling():  # never one block and never no tail, which would be graphs of their own
+        blocks = -(-length // block) + 1
+    else:
+        block = max(1, min(block, length))
+        blocks = -(-length // block)
     tail = blocks * block - length
     span = block + 2 * half_window
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
@@ -97,11 +101,15 @@ def _stretches(x: Tensor, half_window: int, tail: int, span: int, block: int, re
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q kᵀ / sqrt(D) + bias) v."""
-    if q.is_cpu and q.dtype != torch.float64 and q.numel() and not must_trace():
-        return _CPUAttention.apply(q, k, v, bias)
     if q.dtype == torch.float64 or must_trace():
         return _attention_formula(q, k, v, bias)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    if q.is_cpu and q.numel():
+        return _CPUAttention.apply(q, k, v, bias)
+    return _library(q, k, v, bias)
+
+
+def _library(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    return twice_differentiable(F.scaled_dot_product_attention, _attention_formula, (q, k, v, bias))
 
 
 def _attention_formula(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -122,7 +130,7 @@ class _CPUAttention(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, y, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *by_formula(lambda *qkv: _attention_formula(*qkv, bias), (q, k, v), grad_y), None
+            return by_formula(_attention_formula, (q, k, v, bias), grad_y)
         return *torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_y, q, k, v, y, logsumexp, 0.0, False, attn_mask=bias
         ), None

@@ -4,11 +4,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def in_function_transform() -> bool:
-    """True inside `torch.func` transforms (vmap, grad, jvp), which need formulas that they can see through."""
-    return torch._C._are_functorch_transforms_active()
+    """True inside `torch.func` transforms (vmap, grad, jvp) and `torch.autograd.forward_ad.dual_level`, which need
+    formulas that they can see through."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def must_trace() -> bool:
@@ -52,3 +54,53 @@ def by_formula(
     for i, gradient in zip(wanted, found, strict=True):
         gradients[i] = gradient
     return tuple(gradients)
+
+
+def twice_differentiable(
+    library: Callable[..., Tensor | tuple[Tensor, ...]],
+    formula: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+) -> Tensor | tuple[Tensor, ...]:
+    """`library(*inputs)`, whose gradient is the library's own, and the formula's where somebody differentiates it.
+
+    For fused functions that have a backward pass, but no derivative of it: cuDNN's recurrences, oneDNN's LSTM, flash
+    attention. The library's graph is an ordinary part of the whole, so that hooks on saved tensors see all of it.
+    """
+    if not torch.is_grad_enabled() or not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        return library(*inputs)
+    outputs = library(*(_Entry.apply(t) if t is not None and t.requires_grad else t for t in inputs))
+    single = isinstance(outputs, Tensor)
+    outputs = (outputs,) if single else tuple(outputs)
+    outputs = _Exit.apply(formula, len(outputs), *outputs, *inputs)
+    return outputs[0] if single else outputs
+
+
+class _Entry(torch.autograd.Function):
+    """The identity before a library's function; no gradient leaves it where `_Exit` has gone round."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor | None:
+        return None if torch.is_grad_enabled() else grad
+
+
+class _Exit(torch.autograd.Function):
+    """The identity behind a library's function."""
+
+    @staticmethod
+    def forward(ctx, formula, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.formula, ctx.count = formula, count
+        ctx.save_for_backward(*tensors[count:])
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return None, None, *grads, *(None for _ in inputs)
+        # The library's backward runs anyway, and not all of them take "no gradient" for an answer.
+        zeros = (torch.zeros_like(grad) for grad in grads)
+        return None, None, *zeros, *by_formula(ctx.formula, inputs, grads)

@@ -6,15 +6,16 @@ LSTMs run group by group there, by oneDNN's fused one. Forward at B 64, T 282, C
 one block-diagonal torch.gru 34, eight small ones 53; the LSTM 8 ms, block-diagonal 18, in a loop like the GRU's 40.
 
 On other devices the library's recurrences run, all groups as one with block-diagonal weights while that is small, else
-one after another.
+one after another. The compiler sees one operator, which does the same: traced, time would be unrolled.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from fastblocks.eager.derivatives import by_formula, in_function_transform
+from fastblocks.eager.derivatives import by_formula, in_function_transform, twice_differentiable
 
 # One recurrence with block-diagonal weights costs G times the products of G small ones, and a G-th of their steps. On a
 # GPU the products of a step are free up to about this many hidden units (a prediction, not a measurement).
@@ -32,7 +33,7 @@ def grouped_gru(
     state: Tensor | None,
     keep_gates: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    y, h = _grouped(_CPUGRU, _gru_formula, torch.gru, 3, x, weight_ih, weight_hh, bias_ih, bias_hh, (state,))
+    y, h = _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, (state,))
     return y, h
 
 
@@ -45,29 +46,119 @@ def grouped_lstm(
     state: tuple[Tensor, Tensor] | None,
     keep_gates: bool | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    y, h, c = _grouped(
-        _CPULSTM, _lstm_formula, torch.lstm, 4, x, weight_ih, weight_hh, bias_ih, bias_hh, state or (None, None)
-    )
+    y, h, c = _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, state or (None, None))
     return y, (h, c)
 
 
-def _grouped(function, formula, library, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, state: Tensors) -> Tensors:
+def _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, state: Tensors) -> Tensors:
+    """A GRU where the state is (h,), an LSTM where it is (h, c); None: zeros."""
     directions, groups, _, hidden = weight_hh.shape
+    dtype, device = x.dtype, x.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     if state[0] is None:
         state = tuple(x.new_zeros(directions, x.shape[0], groups * hidden) for _ in state)
-    if in_function_transform():
-        return formula(x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
-    if torch.compiler.is_compiling() or not (x.is_cpu or x.numel() == 0):
-        return _library(library, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
-    inputs = (x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        inputs = tuple(None if tensor is None else tensor.to(dtype) for tensor in inputs)
-    wide = torch.promote_types(dtype, torch.float32)  # the state is kept in float32 through time
-    with torch.autocast(x.device.type, enabled=False):
-        outputs = function.apply(*(None if tensor is None else tensor.to(wide) for tensor in inputs))
+    inputs = tuple(None if t is None else t.to(dtype) for t in (x, weight_ih, weight_hh, bias_ih, bias_hh, *state))
+    if x.is_cpu or in_function_transform():  # the state is kept in float32 through time; cuDNN does so by itself
+        wide = torch.promote_types(dtype, torch.float32)
+        inputs = tuple(None if tensor is None else tensor.to(wide) for tensor in inputs)
+    with torch.autocast(device, enabled=False):
+        if in_function_transform():
+            outputs = _formula_of(state)(*inputs)
+        elif torch.compiler.is_compiling():
+            outputs = _operator(*inputs, *(None,) * (2 - len(state)))[: 1 + len(state)]
+        else:
+            outputs = _recurrence(*inputs)
     return tuple(tensor.to(dtype) for tensor in outputs)
+
+
+def _recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
+    """Inputs of one dtype -> y and the final states."""
+    inputs = (x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
+    if x.shape[1] == 0:  # the libraries refuse it
+        return _formula_of(state)(*inputs)
+    if len(state) == 1 and (x.is_cpu or x.numel() == 0):
+        return _CPUGRU.apply(*inputs)
+    return twice_differentiable(_library, _formula_of(state), inputs)
+
+
+def _formula_of(state: Tensors) -> Callable[..., Tensors]:
+    return _gru_formula if len(state) == 1 else _lstm_formula
+
+
+# --- The operator that the compiler sees
+
+
+@contextmanager
+def _autograd_inside_an_operator() -> Iterator[None]:
+    """Operators run below autograd; this one uses the derivatives of other people's recurrences."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+_INPUTS = "Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor state, Tensor? cell"
+
+
+@torch.library.custom_op(
+    "fastblocks::eager_recurrence", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor)"
+)
+def _operator(x, weight_ih, weight_hh, bias_ih, bias_hh, state, cell):
+    """y and the final states; for a GRU, whose `cell` is None, the last one is empty."""
+    states = (state,) if cell is None else (state, cell)
+    with torch.no_grad():
+        y, *final = _recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *states)
+    final = [tensor.clone(memory_format=torch.contiguous_format) for tensor in final]  # no views of y
+    return y.contiguous(), *final, *([x.new_empty(0)] if cell is None else [])
+
+
+@_operator.register_fake
+def _(x, weight_ih, weight_hh, bias_ih, bias_hh, state, cell):
+    directions, groups, _, hidden = weight_hh.shape
+    y = x.new_empty(x.shape[0], x.shape[1], groups * directions * hidden)
+    return y, state.new_empty(state.shape), x.new_empty(0) if cell is None else cell.new_empty(cell.shape)
+
+
+@torch.library.custom_op(
+    "fastblocks::eager_recurrence_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_y, Tensor grad_state, Tensor grad_cell, {_INPUTS}) -> Tensor[]",
+)
+def _operator_backward(grad_y, grad_state, grad_cell, *inputs):
+    """The gradient of every input that is not None. Runs forward once more: what a library keeps for its backward pass
+    is of a size that only the library knows."""
+    with _autograd_inside_an_operator():
+        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
+        outputs = _recurrence(*leaves[:5], *(state for state in leaves[5:] if state is not None))
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        grad_x, *grads = torch.autograd.grad(outputs, wanted, (grad_y, grad_state, grad_cell)[: len(outputs)])
+    # one tensor may be the gradient of both biases
+    return [grad_x.contiguous(), *(grad.clone(memory_format=torch.contiguous_format) for grad in grads)]
+
+
+@_operator_backward.register_fake
+def _(grad_y, grad_state, grad_cell, *inputs):
+    return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
+
+
+def _operator_autograd(ctx, *grads: Tensor) -> Tensors:
+    inputs = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        states = [tensor for tensor in inputs[5:] if tensor is not None]
+        found = by_formula(_formula_of(states), [*inputs[:5], *states], grads[: 1 + len(states)])
+        return *found, *(None,) * (7 - len(found))
+    found = iter(_operator_backward(*grads, *inputs))
+    return tuple(None if tensor is None else next(found) for tensor in inputs)
+
+
+_operator.register_autograd(
+    _operator_autograd, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
 
 
 # --- The library's recurrences
@@ -83,15 +174,13 @@ def _block_diagonal(weight: Tensor, gates: int) -> Tensor:
     return (by_gate.unsqueeze(3) * eye[:, None, :, None]).reshape(gates * rows // gates * groups, groups * inputs)
 
 
-def _library(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
+def _library(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
     """All groups by torch.gru or torch.lstm: x (B, T, G·I) -> y (B, T, G·N·H) and the final states (N, B, G·H)."""
     groups, hidden = weight_hh.shape[1], weight_hh.shape[3]
     if groups > 1 and (x.is_cpu or groups * hidden > _BLOCK_DIAGONAL_HIDDEN):
         by_group = x.unflatten(-1, (groups, -1)).movedim(-2, 0).contiguous()  # oneDNN takes twice as long on slices
         parts = [
             _one_recurrence(
-                recurrence,
-                gates,
                 x_g,
                 *(None if w is None else w[:, g : g + 1] for w in (weight_ih, weight_hh, bias_ih, bias_hh)),
                 *(s.unflatten(-1, (groups, hidden))[:, :, g] for s in state),
@@ -99,19 +188,22 @@ def _library(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *stat
             for g, x_g in enumerate(by_group)
         ]
         return tuple(torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    return _one_recurrence(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
+    return _one_recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
 
 
-def _one_recurrence(recurrence, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
-    directions, groups, _, hidden = weight_hh.shape
+def _one_recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
+    directions, groups, rows, hidden = weight_hh.shape
+    gates = rows // hidden
     weights = []
     for d in range(directions):
         weights += [_block_diagonal(weight_ih[d], gates), _block_diagonal(weight_hh[d], gates)]
         if bias_ih is not None:
             weights += [b[d].unflatten(1, (gates, -1)).transpose(0, 1).flatten() for b in (bias_ih, bias_hh)]
-    state = [s.to(x.dtype).contiguous() for s in state]
-    hx = state[0] if len(state) == 1 else state
-    y, *final = recurrence(x, hx, weights, bias_ih is not None, 1, 0.0, False, directions == 2, True)
+    state = [s.contiguous() for s in state]
+    # cuDNN has a backward pass in training mode only; inference is cheaper
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *state))
+    options = weights, bias_ih is not None, 1, 0.0, train, directions == 2, True
+    y, *final = torch.gru(x, *state, *options) if len(state) == 1 else torch.lstm(x, state, *options)
     if directions == 2:  # (direction, group) -> (group, direction)
         y = y.unflatten(-1, (directions, groups, hidden)).transpose(-2, -3).flatten(-3)
     return y, *final
@@ -211,16 +303,23 @@ def _walk(step: Callable[..., Tensors], x, weight_ih, weight_hh, bias_ih, bias_h
     if bias_ih is not None:
         projected = projected + bias_ih.flatten(0, 1)[:, None]
     recurrent = weight_hh.flatten(0, 1).transpose(1, 2)
-    carried = tuple(_state_to_cells(s, groups) for s in state)
-    outputs = []
-    for t in range(x.shape[1]):
+
+    def next_states(projected: Tensor, carried: Tensors) -> Tensors:
         product = carried[0] @ recurrent
         if bias_hh is not None:
             product = product + bias_hh.flatten(0, 1)[:, None]
-        carried = step(projected[t], product, *carried)
+        return step(projected, product, *carried)
+
+    carried = tuple(_state_to_cells(s, groups) for s in state)
+    outputs = []
+    for t in range(x.shape[1]):
+        carried = next_states(projected[t], carried)
         outputs.append(carried[0])
-    y = _from_cells(torch.stack(outputs), directions)
-    return y, *(_state_from_cells(s, directions) for s in carried)
+    if outputs:
+        y = torch.stack(outputs)
+    else:  # no steps at once: empty, and of the graph of every input
+        y = next_states(projected, tuple(s.expand(0, *s.shape) for s in carried))[0]
+    return _from_cells(y, directions), *(_state_from_cells(s, directions) for s in carried)
 
 
 class _CPUGRU(torch.autograd.Function):
@@ -287,39 +386,6 @@ class _CPUGRU(torch.autograd.Function):
             *_bias_gradients(bias_ih, grad_projected, grad_products),
             _state_from_cells(carried, directions),
         )
-
-
-class _CPULSTM(torch.autograd.Function):
-    """torch.lstm group by group, with a second derivative, which oneDNN's fused LSTM does not have."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs)
-        if not any(ctx.needs_input_grad):
-            return _library(torch.lstm, 4, *inputs)
-        ctx.inner = _CPULSTM._run(inputs)
-        return tuple(tensor.detach() for tensor in ctx.inner[1])
-
-    @staticmethod
-    def _run(inputs: Tensors) -> tuple[Tensors, Tensors]:
-        """The inputs as leaves of a graph of their own, and what comes out of it."""
-        leaves = tuple(
-            None if tensor is None else tensor.detach().requires_grad_(tensor.requires_grad) for tensor in inputs
-        )
-        with torch.enable_grad():
-            return leaves, _library(torch.lstm, 4, *leaves)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        inputs = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return by_formula(_lstm_formula, inputs, grad_outputs)
-        leaves, outputs = ctx.inner or _CPULSTM._run(inputs)  # run again for a second backward pass (retain_graph)
-        ctx.inner = None
-        wanted = [i for i, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad]
-        grads = torch.autograd.grad(outputs, [leaves[i] for i in wanted], grad_outputs)
-        found = dict(zip(wanted, grads, strict=True))
-        return tuple(found.get(i) for i in range(len(leaves)))
 
 
 def _bias_gradients(bias: Tensor | None, grad_ih: Tensor, grad_hh: Tensor) -> Tensors:

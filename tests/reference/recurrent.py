@@ -65,7 +65,8 @@ def library(x, weight_ih, weight_hh, bias_ih=None, bias_hh=None, h=None, c=None)
         for n in range(directions):
             weights += [weight_ih[n, g], weight_hh[n, g]]
             weights += [bias_ih[n, g], bias_hh[n, g]] if bias_ih is not None else []
-        options = weights, bias_ih is not None, 1, 0.0, False, directions == 2, True
+        # in training mode: cuDNN has a backward pass in no other
+        options = weights, bias_ih is not None, 1, 0.0, True, directions == 2, True
         if rows == 3 * hidden:
             results.append((*torch.gru(x_g, state, *options), cell))
         else:
