@@ -8,7 +8,18 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["HIP", "INTERPRETED", "architecture", "multiprocessors", "pretending", "tl", "triton", "unsupported_reason"]
+__all__ = [
+    "HIP",
+    "INTERPRETED",
+    "architecture",
+    "cdiv",
+    "multiprocessors",
+    "power_of_two",
+    "pretending",
+    "tl",
+    "triton",
+    "unsupported_reason",
+]
 
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it has to be set before this module is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -18,6 +29,16 @@ HIP: bool = torch.version.hip is not None
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 _pretended: str | None = None  # an architecture that reports ask about
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own, which kernels can call too, takes 4 µs.)"""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n, at least 1."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 def unsupported_reason(device: torch.device) -> str:

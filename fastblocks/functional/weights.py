@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastblocks.eager import spectral_norm as eager
+from fastblocks.eager import weights as eager
 from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
