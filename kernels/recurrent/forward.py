@@ -35,6 +35,10 @@ FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
 # Columns of the smallest product: Triton before 3.6 takes 16.
 LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 16
 
+# One instruction, `tanh.approx`, good to 11 bits: enough for bfloat16, too little for float16. Inline PTX, which
+# tools that execute Triton's IR do not know: they may ask for the formula instead.
+HARDWARE_TANH = True
+
 # What the forward pass keeps for the backward one.
 KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
 
@@ -171,8 +175,7 @@ def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
-    # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
-    hardware = dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
+    hardware = HARDWARE_TANH and dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 

@@ -118,11 +118,11 @@ RECURRENT = {
 @pytest.fixture
 def without_inline_assembly(monkeypatch):
     """bfloat16's tanh is an instruction of PTX, which the checker does not model; float16's formula in its place."""
-    from fastblocks.kernels.recurrent.forward import precision_of
+    from fastblocks.kernels.recurrent import forward
 
-    assert precision_of(torch.bfloat16)["ACTIVATION"] == "hardware"
-    monkeypatch.setattr(precision_of, "__defaults__", (False,))
-    assert precision_of(torch.bfloat16)["ACTIVATION"] == "fast"
+    assert forward.precision_of(torch.empty(0, device="cuda"), torch.bfloat16)["ACTIVATION"] == "hardware"
+    monkeypatch.setattr(forward, "HARDWARE_TANH", False)
+    assert forward.precision_of(torch.empty(0, device="cuda"), torch.bfloat16)["ACTIVATION"] == "fast"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
