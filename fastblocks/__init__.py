@@ -17,8 +17,9 @@ def _find_kernels() -> None:
     spec = importlib.util.spec_from_file_location(
         name, beside / "__init__.py", submodule_search_locations=[str(beside)]
     )
-    sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[name])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    globals()["kernels"] = module  # as an import of a submodule binds it
 
 
 _find_kernels()

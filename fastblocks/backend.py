@@ -13,9 +13,11 @@ Every function of `fastblocks.functional` asks `decide` once a call. The rule, i
 """
 
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -34,8 +36,25 @@ def _validated(name: str, source: str) -> str:
     return name
 
 
-_selected = _validated(os.environ.get("FASTBLOCKS_BACKEND", "auto"), "FASTBLOCKS_BACKEND")
-_decisions: "list[Decision] | None" = None  # filled while `explain` watches
+_initial = _validated(os.environ.get("FASTBLOCKS_BACKEND", "auto"), "FASTBLOCKS_BACKEND")
+_of_process: "list[use_backend]" = []  # selections from here on; the last one counts
+_of_block: ContextVar[tuple[str, ...]] = ContextVar("fastblocks_backend", default=())  # innermost last
+_traced = threading.local()  # the same once more: torch.compile can neither trace nor guard a ContextVar
+_decisions: "ContextVar[list[Decision] | None]" = ContextVar("fastblocks_decisions", default=None)  # of `explain`
+
+
+def selected() -> str:
+    """The backend that is in force here: of the innermost `with` block, else of the process."""
+    blocks = getattr(_traced, "blocks", ()) if torch.compiler.is_compiling() else _of_block.get()
+    if blocks:
+        return blocks[-1]
+    return _of_process[-1].name if _of_process else _initial
+
+
+def _set_blocks(blocks: tuple[str, ...]) -> None:
+    if not torch.compiler.is_compiling():
+        _of_block.set(blocks)
+    _traced.blocks = blocks
 
 
 @dataclass(frozen=True)
@@ -50,8 +69,11 @@ class Decision:
         return f"{self.operation}: {self.backend}" + (f" ({self.reason})" if self.reason else "")
 
 
-class use_backend:
-    """Select who runs the operations of this process (all threads), now or for a `with` block.
+class use_backend(ContextDecorator):
+    """Select who runs the operations: of the process from here on, or of a `with` block or a decorated function.
+
+    A block counts in its own thread (or asynchronous task) and in the backward passes that it starts; other threads do
+    not see it.
 
     Args:
         name: `"auto"` (Triton wherever it can run, the default), `"triton"` (the same, but an error where Triton
@@ -62,22 +84,33 @@ class use_backend:
 
     Example::
 
-        use_backend("eager")            # from here on
-        with use_backend("triton"):     # for this block, then back
+        use_backend("eager")            # all threads, from here on
+        with use_backend("triton"):     # for this block
             y = block(x)
+
+        @use_backend("eager")           # for each call
+        def reference(x): ...
     """
 
     def __init__(self, name: str):
-        global _selected
         self.name = _validated(name, "backend")
-        self._previous, _selected = _selected, self.name
+        _of_process.append(self)  # until it turns out to be meant for a block
+
+    def _only_for_a_block(self) -> None:
+        if self in _of_process:
+            _of_process.remove(self)
 
     def __enter__(self) -> "use_backend":
+        self._only_for_a_block()
+        _set_blocks((*_of_block.get(), self.name))
         return self
 
     def __exit__(self, *exception) -> None:
-        global _selected
-        _selected = self._previous
+        _set_blocks(_of_block.get()[:-1])
+
+    def __call__(self, function: Callable) -> Callable:
+        self._only_for_a_block()
+        return super().__call__(function)
 
     def __repr__(self) -> str:
         return f"use_backend({self.name!r})"
@@ -110,20 +143,30 @@ def decide(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[]
         RuntimeError: under "triton", if Triton cannot run on this machine or on the tensor's device.
     """
     reason = _reason_against(operation, tensor, unsupported_reason)
-    if _decisions is not None:
-        _decisions.append(Decision(operation, "eager" if reason else "triton", reason))
+    _note(Decision(operation, "eager" if reason else "triton", reason))
     return not reason
 
 
+def declined(operation: str, reason: str) -> None:
+    """Tell `explain` that an operation was not even asked for, and why."""
+    _note(Decision(operation, "eager", reason))
+
+
+def _note(decision: Decision) -> None:
+    if not torch.compiler.is_compiling() and (decisions := _decisions.get()) is not None:
+        decisions.append(decision)
+
+
 def _reason_against(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[], str] | None) -> str:
-    if _selected == "eager":
+    backend = selected()
+    if backend == "eager":
         return "the backend 'eager' is selected"
-    if _selected == "auto" and not tensor.is_cuda:  # the common case on a CPU, before anything is imported
+    if backend == "auto" and not tensor.is_cuda:  # the common case on a CPU, before anything is imported
         return f"the input is on {tensor.device.type}, Triton needs a GPU"
     runtime, problem = _kernel_runtime()
     problem = problem or runtime.unsupported_reason(tensor.device)
     if problem:
-        if _selected == "triton":
+        if backend == "triton":
             raise RuntimeError(f"{operation}: the backend 'triton' is selected, but {problem}")
         return problem
     if unsupported_reason is None:
@@ -139,12 +182,11 @@ def _reason_against(operation: str, tensor: torch.Tensor, unsupported_reason: Ca
 
 @contextmanager
 def _watch() -> Iterator[list[Decision]]:
-    global _decisions
-    previous, _decisions = _decisions, []
+    token = _decisions.set([])
     try:
-        yield _decisions
+        yield _decisions.get()
     finally:
-        _decisions = previous
+        _decisions.reset(token)
 
 
 def explain(function: "torch.nn.Module | Callable", *inputs, **keywords) -> str:

@@ -5,15 +5,19 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastblocks.eager import bands as eager_bands
+from fastblocks import functional
+from fastblocks.eager.autocast import autocast_enabled, without_autocast
+from fastblocks.generator._layers import may_fuse
 
 
 class Fourier(nn.Module):
     """Short-time Fourier transform and its inverse, Hann window, centred, reflect-padded.
 
-    Computed in float32 (float64 for float64), whatever the module's dtype; results come back in the input's dtype.
+    Computed in float32 (float64 for float64), whatever the module's dtype; results come back in the input's dtype, and
+    under autocast, whose operations cast what they are given, as they are.
 
     Args:
         n_fft: window length in samples.
@@ -40,22 +44,23 @@ class Fourier(nn.Module):
         """
         if waveform.dim() != 2:
             raise ValueError(f"stft needs a waveform of shape (B, T), got {tuple(waveform.shape)}")
-        return torch.view_as_real(short_time_spectrum(waveform, self._window(waveform), self.hop_length)).to(
-            waveform.dtype
-        )
+        spectrum = short_time_spectrum(waveform, self._window(waveform), self.hop_length)
+        return self._result(torch.view_as_real(spectrum), waveform)
 
     def istft(self, sp: Tensor, original_length: int) -> Tensor:
         """(B, F, frames, 2) -> (B, original_length).
 
         Raises:
-            ValueError: if sp has another shape.
+            ValueError: if sp has another shape, or no frame.
         """
         if sp.dim() != 4 or sp.shape[1] != self.n_fft // 2 + 1 or sp.shape[3] != 2:
             raise ValueError(f"istft needs sp of shape (B, {self.n_fft // 2 + 1}, frames, 2), got {tuple(sp.shape)}")
-        if sp.shape[0] == 0:  # FFT libraries refuse an empty batch
-            return sp[:, 0, :1, 0].expand(-1, original_length)
+        if sp.shape[2] == 0:
+            raise ValueError(f"istft needs at least one frame, got sp of shape {tuple(sp.shape)}")
         window = self._window(sp)
-        with torch.autocast(sp.device.type, enabled=False):
+        if sp.shape[0] == 0:  # FFT libraries refuse an empty batch
+            return self._result(sp[:, 0, :1, 0].to(window.dtype).expand(-1, original_length), sp)
+        with without_autocast(sp.device):
             spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
             frames = torch.fft.irfft(spectrum.transpose(1, 2), self.n_fft) * window  # (B, frames, n_fft)
             # torch.istft would wait for the GPU here, to look at the smallest value of the envelope
@@ -63,8 +68,11 @@ class Fourier(nn.Module):
             y = self._overlap_add(frames) / envelope.where(envelope > 1e-11, 1)
             start = self.n_fft // 2
             y = y[:, start : start + original_length]
-            y = nn.functional.pad(y, (0, original_length - y.shape[1]))
-        return y.to(sp.dtype)
+            y = F.pad(y, (0, original_length - y.shape[1]))
+        return self._result(y, sp)
+
+    def _result(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if autocast_enabled(x.device) else y.to(x.dtype)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
         """(B, frames, n_fft) -> (B, (frames - 1) · hop_length + n_fft): the transpose of cutting into frames."""
@@ -96,9 +104,9 @@ def short_time_spectrum(waveform: Tensor, window: Tensor, hop_length: int) -> Te
             f"{length} samples are too short for a window of {n_fft}: the shortest clip that works has {shortest}"
         )
     if waveform.shape[0] == 0:  # FFT libraries refuse an empty batch
-        frames = length // hop_length + 1
-        return waveform[:, :1, None].to(torch.complex64).expand(-1, shortest, frames)
-    with torch.autocast(waveform.device.type, enabled=False):
+        frames = (length + 2 * (n_fft // 2) - n_fft) // hop_length + 1
+        return waveform[:, :1, None].to(window.dtype.to_complex()).expand(-1, shortest, frames)
+    with without_autocast(waveform.device):
         return torch.stft(waveform.to(window.dtype), n_fft, hop_length, window=window, center=True, return_complex=True)
 
 
@@ -141,14 +149,23 @@ def linear_filterbank(n_fft: int, bands: int) -> np.ndarray:
     return filters
 
 
+def covered_bins(filters: np.ndarray) -> list[tuple[int, int]]:
+    """The bins [start, end) that each filter (K, F) covers: from its first to its last nonzero weight."""
+    covered = [np.flatnonzero(weights) for weights in filters]
+    return [(int(bins[0]), int(bins[-1]) + 1) if len(bins) else (0, 0) for bins in covered]
+
+
 class BandLinear(nn.Module):
-    """The parameters of a Linear a band: weight (K, in, out), bias (K, out)."""
+    """A Linear a band, (…, K, in) -> (…, K, out): weight (K, in, out), bias (K, out)."""
 
     def __init__(self, bands: int, inputs: int, outputs: int):
         super().__init__()
         bound = 1 / math.sqrt(inputs)
         self.weight = nn.Parameter(torch.empty(bands, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(bands, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...ki,kio->...ko", x, self.weight) + self.bias
 
     def extra_repr(self) -> str:
         return "bands={}, in={}, out={}".format(*self.weight.shape)
@@ -193,7 +210,7 @@ class Band(nn.Module):
             raise ValueError(f"scale must be 'mel' or 'linear', got {scale!r}")
         self.in_channels, self.out_channels = in_channels, out_channels
         filters = mel_filterbank(sr, n_fft, bands_num) if scale == "mel" else linear_filterbank(n_fft, bands_num)
-        self.ranges = eager_bands.ranges(filters)
+        self.ranges = covered_bins(filters)
         if empty := [k for k, (start, end) in enumerate(self.ranges) if start == end]:
             warnings.warn(
                 f"{len(empty)} of {bands_num} bands cover no bin of an n_fft of {n_fft} at {sr} Hz and give their bias "
@@ -201,7 +218,7 @@ class Band(nn.Module):
                 stacklevel=2,
             )
         bins, width = filters.shape[1], max(1, *(end - start for start, end in self.ranges))
-        weight = torch.from_numpy(filters)
+        weight = torch.tensor(filters)  # unlike from_numpy it heeds `with torch.device(…)`, as the other buffers do
         total = weight.sum(0)
         lanes = torch.arange(width)
         starts, ends = torch.tensor(self.ranges).T[:, :, None]
@@ -212,7 +229,7 @@ class Band(nn.Module):
         self.register_buffer("mask", mask.flatten().float())
         self.pre_bandnet = BandLinear(bands_num, width * in_channels, out_channels)
         self.post_bandnet = BandLinear(bands_num, out_channels, width * in_channels)
-        self.bins = bins
+        self.bins, self._width = bins, width
 
     def split(self, x: Tensor) -> Tensor:
         """(B, F, T, in_channels) -> (B, out_channels, T, K).
@@ -222,7 +239,11 @@ class Band(nn.Module):
         """
         if x.dim() != 4 or x.shape[1] != self.bins or x.shape[3] != self.in_channels:
             raise ValueError(f"split needs x of shape (B, {self.bins}, T, {self.in_channels}), got {tuple(x.shape)}")
-        return eager_bands.split(x, self.ranges, self.pre_bandnet.weight, self.pre_bandnet.bias)
+        if may_fuse("band_split", self, pre_bandnet=BandLinear):
+            return functional.band_split(x, self.pre_bandnet.weight, self.pre_bandnet.bias, self.ranges)
+        bands = [F.pad(x[:, start:end], (0, 0, 0, 0, 0, self._width + start - end)) for start, end in self.ranges]
+        lanes = torch.stack(bands, 1).permute(0, 3, 1, 2, 4).flatten(3)  # (B, T, K, Wmax·in)
+        return self.pre_bandnet(lanes).permute(0, 3, 1, 2)
 
     def unsplit(self, x: Tensor) -> Tensor:
         """(B, out_channels, T, K) -> (B, F, T, in_channels): overlapping bands add up, divided by `ola_window`.
@@ -234,5 +255,11 @@ class Band(nn.Module):
             raise ValueError(
                 f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
             )
-        y = eager_bands.unsplit(x, self.ranges, self.post_bandnet.weight, self.post_bandnet.bias, self.bins)
+        if may_fuse("band_unsplit", self, post_bandnet=BandLinear):
+            weight, bias = self.post_bandnet.weight, self.post_bandnet.bias
+            return functional.band_unsplit(x, weight, bias, self.ranges, self.ola_window)
+        lanes = self.post_bandnet(x.permute(0, 2, 3, 1)).unflatten(3, (self._width, self.in_channels))
+        y = lanes.new_zeros(x.shape[0], self.bins, x.shape[2], self.in_channels)
+        for k, (start, end) in enumerate(self.ranges):
+            y[:, start:end] += lanes[:, :, k, : end - start].transpose(1, 2)
         return y / self.ola_window[:, None, None]

@@ -1,40 +1,204 @@
-"""Launch configurations: what a kernel's tile sizes, warps and stages are on an architecture, and why.
+"""Every kernel is launched here: on the tensors' device, by keyword, and held once it is compiled.
 
-Every choice carries its reason or its measurement beside it. There is no autotuning at run time: the first call of a
-process compiles one configuration a kernel. `python -m benchmarks tune OP` measures candidates and prints an entry.
+Triton's `kernel[grid](…)` binds and specialises its arguments in Python at every call, 10 µs with 21 arguments. Here a
+compiled kernel is kept under what Triton specialises on (dtypes, 16-byte alignment of pointers, 1 and multiples of 16
+among integers, constexprs), so that a second launch only looks it up and calls `compiled[grid](…)`, Triton's documented
+way. Where something else stands in for Triton's launcher (its interpreter, a fault checker, a profiler that patches
+it), and on AMD, whose compiler specialises on more, it is plain `kernel[grid](…)`.
+
+`recording` makes the same launchers note what they would launch, on meta tensors, for reports that need no GPU.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import runtime
+from fastblocks.kernels.runtime import triton
+
+__all__ = ["CompileCase", "LaunchConfig", "config", "launch", "recording"]
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one kernel is launched. `blocks` holds its constexpr tile sizes by name, as a sorted tuple of pairs."""
+    """How one kernel is launched. `blocks` holds constexprs by name (tile sizes above all), sorted."""
 
     num_warps: int
     num_stages: int = 1
-    blocks: tuple[tuple[str, int], ...] = ()
+    blocks: tuple[tuple[str, object], ...] = ()
+    _by_name: dict = field(init=False, repr=False, compare=False)
+    _hash: int = field(init=False, repr=False, compare=False)
 
-    def __getitem__(self, name: str) -> int:
-        return dict(self.blocks)[name]
+    def __post_init__(self):
+        object.__setattr__(self, "_by_name", dict(self.blocks))
+        object.__setattr__(self, "_hash", hash((self.num_warps, self.num_stages, self.blocks)))
 
-    def keywords(self) -> dict[str, int]:
-        """Everything as keyword arguments of a launch."""
-        return {**dict(self.blocks), "num_warps": self.num_warps, "num_stages": self.num_stages}
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getitem__(self, name: str):
+        return self._by_name[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def with_(self, **constants) -> "LaunchConfig":
+        """The same with more constexprs, or other values of them."""
+        return config(self.num_warps, self.num_stages, **(self._by_name | constants))
+
+    def keywords(self) -> dict:
+        """Everything as keyword arguments of `kernel[grid](…)`."""
+        return {**self._by_name, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def config(num_warps: int, num_stages: int = 1, **blocks: int) -> LaunchConfig:
+def config(num_warps: int, num_stages: int = 1, **blocks) -> LaunchConfig:
     """`config(4, 2, BLOCK_M=64)` reads better than the dataclass."""
     return LaunchConfig(num_warps, num_stages, tuple(sorted(blocks.items())))
 
 
+def launch(kernel, grid: tuple[int, ...], config: LaunchConfig, like: Tensor, **arguments) -> None:
+    """Launch a `@triton.jit` kernel on the device of `like` and its current stream.
+
+    Args:
+        kernel: what `@triton.jit` made.
+        grid: how many programs, in 1 to 3 dimensions.
+        config: warps, stages and constexprs.
+        like: a tensor of the device to launch on.
+        **arguments: everything else that the kernel takes, by name; None for pointers that it does not use.
+    """
+    if _listener is not None:
+        _listener(kernel, config, arguments)
+    elif not like.is_cuda:  # the interpreter
+        kernel[grid](**arguments, **config.keywords())
+    elif like.get_device() == torch.cuda.current_device():
+        _launch_here(kernel, grid, config, arguments)
+    else:
+        with torch.cuda.device(like.device):
+            _launch_here(kernel, grid, config, arguments)
+
+
+_held: dict[tuple, object] = {}
+_binders: dict[int, Callable] = {}  # by id: kernels live as long as their modules, and hashing one reads its source
+
+
+def _launch_here(kernel, grid, config, arguments) -> None:
+    if runtime.HIP or not _is_tritons_own_launcher(kernel):
+        kernel[grid](**arguments, **config.keywords())
+        return
+    bind = _binders.get(id(kernel)) or _make_binder(kernel, arguments, config)
+    key, values = bind(**arguments, **config._by_name)
+    key = (id(kernel), torch.cuda.current_device(), config.num_warps, config.num_stages, *key)
+    compiled = _held.get(key)
+    if compiled is None:
+        compiled = kernel[grid](**arguments, **config.keywords())
+        if hasattr(compiled, "packed_metadata"):  # not a promise of one, where Triton compiles in the background
+            _held[key] = compiled
+        return
+    compiled[(*grid, 1, 1)](*values)
+
+
+_seen_run: object = None
+_is_own: bool = False
+
+
+def _is_tritons_own_launcher(kernel) -> bool:
+    """Whether `kernel[grid]` is what Triton's own code makes of it: nobody has replaced or wrapped it."""
+    global _seen_run, _is_own
+    run = type(kernel).run
+    if run is not _seen_run:
+        _seen_run = run
+        _is_own = run.__code__.co_filename == triton.runtime.jit.__file__
+    return _is_own and not kernel.pre_run_hooks
+
+
+def _make_binder(kernel, arguments: dict, config: LaunchConfig) -> Callable:
+    """A function of the kernel's arguments that returns what Triton specialises on, and the arguments in order.
+
+    Written out as source, an expression an argument, because a loop over 30 of them takes longer than the launch.
+    """
+    key = []
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            key.append(name)
+        elif name.endswith("_ptr"):
+            key += [f"{name} is None or {name}.dtype", f"{name} is None or {name}.data_ptr() % 16 == 0"]
+        elif isinstance(arguments[name], int):
+            if not parameter.do_not_specialize:
+                key += [f"{name} == 1", f"{name} % 16 == 0"]
+            key.append(f"{name} >= 2147483648")
+        elif not isinstance(arguments[name], float):
+            raise TypeError(f"{kernel.fn.__name__}: {name} is a {type(arguments[name]).__name__}, not a number")
+    names = ", ".join(kernel.arg_names)
+    source = f"def bind({names}):\n    return ({', '.join(key)},), ({names},)"
+    space: dict = {}
+    exec(source, space)
+    _binders[id(kernel)] = space["bind"]
+    return space["bind"]
+
+
+# ---- what would be launched ------------------------------------------------------------------------------------------
+
+_listener: Callable | None = None
+_TYPES = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class CompileCase:
-    """One kernel as one launch compiles it, for reports that need no GPU."""
+    """One kernel as one launch compiles it."""
 
     label: str
     kernel: object  # the @triton.jit function
     signature: dict[str, str]
     constants: dict[str, object]
     config: LaunchConfig
-    divisible: tuple[str, ...] = ()  # integer arguments that are multiples of 16 there, which a launch finds out
+    divisible: tuple[str, ...] = ()  # pointers and integers that are multiples of 16 there
+
+
+def case_of(label: str, kernel, config: LaunchConfig, arguments: dict) -> CompileCase:
+    """What Triton compiles for a launch with these arguments; tensors may be on the device "meta"."""
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name = parameter.name
+        value = arguments[name] if name in arguments else config[name]
+        if isinstance(value, Tensor):
+            signature[name] = _TYPES[value.dtype]
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                divisible.append(name)
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i64" if value >= 2**31 else "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(name)
+    return CompileCase(label, kernel, signature, constants, config, tuple(divisible))
+
+
+@contextmanager
+def recording(architecture: str, label: str = "") -> Iterator[list[CompileCase]]:
+    """Within it nothing is launched: a list is filled with what would be, on a GPU of that architecture.
+
+    Args:
+        architecture: as `runtime.architecture` names one, such as "sm_90".
+        label: stands before the kernel's name in every case.
+    """
+    global _listener
+    cases: list[CompileCase] = []
+
+    def note(kernel, config, arguments) -> None:
+        name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
+        cases.append(case_of(f"{label}: {name}" if label else name, kernel, config, arguments))
+
+    previous, _listener = _listener, note
+    try:
+        with runtime.pretending(architecture):
+            yield cases
+    finally:
+        _listener = previous

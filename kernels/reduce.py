@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from fastblocks.kernels.launch import config
+from fastblocks.kernels.launch import config, launch
+from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
 SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads of a thread in flight
@@ -33,25 +34,28 @@ def _sum_rows_kernel(
             partial_ptr + offs, mask=(start + offs_s < rows)[:, None] & (offs_n < END3)[None, :], other=0.0
         )
     result = tl.sum(total, axis=0)
-    tl.store(out0_ptr + offs_n, result.to(out0_ptr.dtype.element_ty), mask=offs_n < END0)
+    tl.store(out0_ptr + offs_n, round_to(result, out0_ptr.dtype.element_ty), mask=offs_n < END0)
     if END1 > END0:
         mask = (offs_n >= END0) & (offs_n < END1)
-        tl.store(out1_ptr + offs_n - END0, result.to(out1_ptr.dtype.element_ty), mask=mask)
+        tl.store(out1_ptr + offs_n - END0, round_to(result, out1_ptr.dtype.element_ty), mask=mask)
     if END2 > END1:
         mask = (offs_n >= END1) & (offs_n < END2)
-        tl.store(out2_ptr + offs_n - END1, result.to(out2_ptr.dtype.element_ty), mask=mask)
+        tl.store(out2_ptr + offs_n - END1, round_to(result, out2_ptr.dtype.element_ty), mask=mask)
     if END3 > END2:
         mask = (offs_n >= END2) & (offs_n < END3)
-        tl.store(out3_ptr + offs_n - END2, result.to(out3_ptr.dtype.element_ty), mask=mask)
+        tl.store(out3_ptr + offs_n - END2, round_to(result, out3_ptr.dtype.element_ty), mask=mask)
 
 
 def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
     """The sum of `partial` (rows, columns) over its rows, cut into 1 to 4 contiguous tensors."""
     ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
-    _sum_rows_kernel[(-(-ends[3] // SUM_ROWS["BLOCK_N"]),)](
+    launch(
+        _sum_rows_kernel,
+        (triton.cdiv(ends[3], SUM_ROWS["BLOCK_N"]),),
+        SUM_ROWS,
+        like=partial,
         partial_ptr=partial,
         **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
         rows=partial.shape[0],
         **{f"END{i}": end for i, end in enumerate(ends)},
-        **SUM_ROWS.keywords(),
     )

@@ -38,9 +38,8 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture(autouse=True)
 def _backend_is_restored():
-    previous = backend._selected
     yield
-    backend._selected = previous
+    backend._of_process.clear()
 
 
 @pytest.fixture

@@ -1,19 +1,15 @@
 """`python -m benchmarks compile`: what the compiler makes of every kernel, for GPUs that need not be there.
 
-A module of kernels takes part by having `aot_cases(architecture)`, which yields `launch.CompileCase`s.
+An operator takes part by being declared; its shapes stand in `cases`.
 """
 
 import argparse
-import importlib
-import inspect
 import json
 import multiprocessing
 import os
-import pkgutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.aot.cases import WORKLOADS, cases_of
 from benchmarks.aot.machine_code import Resources, missing_tools, resident_warps, resources
 
 TARGETS = {  # name of the launch tables -> what triton.compile takes
@@ -38,7 +35,7 @@ FAST_CASES = 2  # of each kernel, for --fast
 class Compiled:
     """One kernel, as one architecture gets it."""
 
-    module: str
+    operator: str
     kernel: str
     labels: tuple[str, ...]
     architecture: str
@@ -57,7 +54,7 @@ class Compiled:
 class Job:
     """What is compiled once, for all the cases that launch it alike."""
 
-    module: str
+    operator: str
     kernel: object
     signature: dict
     constants: dict
@@ -71,37 +68,20 @@ class Job:
         return self.kernel.fn.__name__
 
 
-def modules() -> Iterator[tuple[str, object]]:
-    """Modules below `fastblocks.kernels` that define `aot_cases` themselves."""
-    import fastblocks.kernels as package
-
-    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        module = importlib.import_module(info.name)
-        function = getattr(module, "aot_cases", None)
-        if function and function.__module__ == module.__name__:
-            yield info.name.removeprefix(f"{package.__name__}."), function
-
-
-def cases_of(function, architecture: str) -> Iterator:
-    """The cases of a module on an architecture, whether or not its function asks for one."""
-    takes = inspect.signature(function).parameters
-    yield from function(architecture) if takes else function()
-
-
 def jobs(architectures: list[str], names: list[str], fast: bool) -> list[Job]:
     """Everything to compile; equal launches once. `names` select by substring of module, kernel or label."""
     found: dict[tuple, Job] = {}
-    for module, function in modules():
+    for operator in WORKLOADS:
         for architecture in architectures:
             counts: dict[str, int] = {}
-            for case in cases_of(function, architecture):
+            for case in cases_of(operator, architecture):
                 job = Job(
-                    module, case.kernel, case.signature, case.constants, case.config, architecture, case.divisible,
+                    operator, case.kernel, case.signature, case.constants, case.config, architecture, case.divisible,
                     (case.label,),
                 )  # fmt: skip
-                if names and not any(n.lower() in f"{module} {job.name} {case.label}".lower() for n in names):
+                if names and not any(n.lower() in f"{operator} {job.name} {case.label}".lower() for n in names):
                     continue
-                key = (architecture, module, job.name, repr(sorted(case.signature.items())), repr(case.config))
+                key = (architecture, operator, job.name, repr(sorted(case.signature.items())), repr(case.config))
                 key += (repr(sorted(case.constants.items(), key=lambda item: item[0])),)
                 if key in found:
                     old = found[key]
@@ -138,14 +118,12 @@ def compile_job(job: Job) -> Compiled:
         error = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)[:160]
     blocks = {name: value for name, value in job.constants.items() if name.startswith("BLOCK")}
     config = {**blocks, **dict(job.config.blocks), **options}
-    return Compiled(job.module, job.name, job.labels, job.architecture, config, seconds, found, warps, error)
+    return Compiled(job.operator, job.name, job.labels, job.architecture, config, seconds, found, warps, error)
 
 
 def attributes(job: Job, signature: dict) -> dict:
-    """What a launch promises: pointers are multiples of 16 bytes, as torch allocates them, and so are some integers."""
-    names = job.kernel.arg_names
-    aligned = [name for name, kind in signature.items() if str(kind).startswith("*") or name in job.divisible]
-    return {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    """What a launch finds out: pointers and integers that are multiples of 16."""
+    return {(job.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.divisible}
 
 
 _JOBS: list[Job] = []  # inherited by forked workers: kernels cannot be pickled

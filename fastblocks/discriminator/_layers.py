@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 
-from fastblocks.eager.derivatives import by_formula, must_trace
+from fastblocks import functional
 from fastblocks.spectral_ops import short_time_spectrum
 
 Scores = list[Tensor]
@@ -34,50 +34,12 @@ class Conv2d(_WithoutDerivedWeight, nn.Conv2d):
 
 
 class SpectralNorm(TorchSpectralNorm):
-    """torch.nn.utils.spectral_norm's hook, the same numbers in half the passes over the weight.
-
-    The singular value comes from the product that the power iteration has already made, and the gradient through the
-    division is a dot product and a rank-one update. In a training step of five period discriminators on half a second
-    the original spends a third of its time here.
-
-    Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018.
-    """
+    """torch.nn.utils.spectral_norm's hook with `functional.spectral_norm` inside: the same numbers, sooner."""
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        weight = getattr(module, f"{self.name}_orig")
-        u, v = getattr(module, f"{self.name}_u"), getattr(module, f"{self.name}_v")
-        if must_trace():
-            return super().compute_weight(module, do_power_iteration)
-        with torch.no_grad():
-            matrix = self.reshape_weight_to_matrix(weight)
-            if do_power_iteration:
-                for _ in range(self.n_power_iterations):
-                    F.normalize(torch.mv(matrix.T, u), dim=0, eps=self.eps, out=v)
-                    product = torch.mv(matrix, v)
-                    F.normalize(product, dim=0, eps=self.eps, out=u)
-                u, v = u.clone(), v.clone()  # the next forward changes the buffers in place
-            else:
-                product = torch.mv(matrix, v)
-            sigma = torch.dot(u, product)
-        return _DivideBySingularValue.apply(weight, u, v, sigma)
-
-
-class _DivideBySingularValue(torch.autograd.Function):
-    """weight / sigma where sigma = uᵀ W v, for W the weight as a matrix (out, …)."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
-        normed = weight / sigma
-        ctx.save_for_backward(weight, u, v, sigma, normed)
-        return normed
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, u, v, sigma, normed = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *by_formula(lambda w: w / torch.dot(u, torch.mv(w.flatten(1), v)), (weight,), grad), None, None, None
-        along = torch.dot(grad.flatten(), normed.flatten())
-        return torch.addr(grad.flatten(1), u * -along, v).div_(sigma).view_as(weight), None, None, None
+        weight, u, v = (getattr(module, f"{self.name}_{part}") for part in ("orig", "u", "v"))
+        iterations = self.n_power_iterations if do_power_iteration else 0
+        return functional.spectral_norm(weight, u, v, n_power_iterations=iterations, eps=self.eps)
 
 
 def spectral_norm(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:

@@ -17,25 +17,38 @@ def must_trace() -> bool:
 
 
 def by_formula(
-    formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad_outputs: Tensor | Sequence[Tensor]
+    formula: Callable[..., Tensor | Sequence[Tensor]],
+    arguments: Sequence,
+    grad_results: Tensor | Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a plain formula, as part of the graph: what a hand-written backward pass returns when somebody
     differentiates it (`create_graph=True`, `torch.autograd.grad` twice).
 
     Args:
         formula: plain PyTorch that gives what the forward pass gave.
-        inputs: its arguments, None where it has none.
-        grad_outputs: the gradients of its result.
+        arguments: its arguments, tensors and others.
+        grad_results: the gradients of its results, None for those that nobody used.
 
     Returns:
-        A gradient an input, None where the input is None or takes no gradient.
+        A gradient for each argument, None where it is not a tensor or takes no gradient.
     """
-    wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and tensor.requires_grad]
+    wanted = [i for i, value in enumerate(arguments) if isinstance(value, Tensor) and value.requires_grad]
+    grads = [grad_results] if isinstance(grad_results, Tensor) else grad_results
     with torch.enable_grad():
-        # A view of each input: gradients with respect to it stop there, but belong to the graph of the input.
-        views = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-        grads = torch.autograd.grad(formula(*views), [views[i] for i in wanted], grad_outputs, create_graph=True)
-    result: list[Tensor | None] = [None] * len(inputs)
-    for i, grad in zip(wanted, grads, strict=True):
-        result[i] = grad
-    return tuple(result)
+        # A view of each tensor: gradients with respect to it stop there, but belong to the graph of the argument.
+        # Without, an argument that is computed from another one would be differentiated through.
+        views = [value.view_as(value) if isinstance(value, Tensor) else value for value in arguments]
+        results = formula(*views)
+        results = [results] if isinstance(results, Tensor) else results
+        used = [(result, grad) for result, grad in zip(results, grads, strict=False) if grad is not None]
+        found = torch.autograd.grad(
+            [result for result, _ in used],
+            [views[i] for i in wanted],
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    gradients: list[Tensor | None] = [None] * len(arguments)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return tuple(gradients)

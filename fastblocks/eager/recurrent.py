@@ -30,6 +30,7 @@ def grouped_gru(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     state: Tensor | None,
+    keep_gates: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     y, h = _grouped(_CPUGRU, _gru_formula, torch.gru, 3, x, weight_ih, weight_hh, bias_ih, bias_hh, (state,))
     return y, h
@@ -42,6 +43,7 @@ def grouped_lstm(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     state: tuple[Tensor, Tensor] | None,
+    keep_gates: bool | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     y, h, c = _grouped(
         _CPULSTM, _lstm_formula, torch.lstm, 4, x, weight_ih, weight_hh, bias_ih, bias_hh, state or (None, None)

@@ -1,11 +1,12 @@
 """Windowed rotary attention with register tokens."""
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import attention as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
 def rope_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -97,13 +98,13 @@ def rope_attention(
     if window >= 2 * length - 2 > 0:
         window = -1  # a window that reaches from end to end
 
-    def unsupported_reason() -> str:
-        from fastblocks.kernels.attention import operator as attention
+    require_floating("rope_attention", qkv=qkv, rope=rope, register_qkv=register_qkv)
+    return run(
+        "rope_attention", _kernels, eager.rope_attention, qkv, rope, n_head, window, register_qkv, return_registers
+    )
 
-        return attention.unsupported_reason(qkv, rope, n_head, register_qkv)
 
-    if backend.decide("rope_attention", qkv, unsupported_reason):
-        from fastblocks.kernels.attention import operator as attention
+def _kernels() -> ModuleType:
+    from fastblocks.kernels.attention import operator
 
-        return attention.rope_attention(qkv, rope, n_head, window, register_qkv, return_registers)
-    return eager.rope_attention(qkv, rope, n_head, window, register_qkv, return_registers)
+    return operator

@@ -1,10 +1,11 @@
 """The two halves of a ConvNeXt block."""
 
+from types import ModuleType
+
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import convnext as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
 def depthwise_conv_layer_norm(
@@ -65,16 +66,15 @@ def depthwise_conv_layer_norm(
     )
     sizes = conv_output_size(shape(x)[2:], stride, transposed, output_size)
 
-    def unsupported_reason() -> str:
-        from fastblocks.kernels.convnext.depthwise_conv_layer_norm import unsupported_reason
+    require_floating(name, x=x, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias)
 
-        return unsupported_reason(x, weight, bias, norm_weight, norm_bias)
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.convnext import depthwise_conv_layer_norm
 
-    if backend.decide(name, x, unsupported_reason):
-        from fastblocks.kernels.convnext.depthwise_conv_layer_norm import depthwise_conv_layer_norm as run
-    else:
-        run = eager.depthwise_conv_layer_norm
-    return run(x, weight, bias, norm_weight, norm_bias, tuple(stride), transposed, sizes, eps)
+        return depthwise_conv_layer_norm
+
+    arguments = (x, weight, bias, norm_weight, norm_bias, tuple(stride), transposed, sizes, eps)
+    return run(name, kernels, eager.depthwise_conv_layer_norm, *arguments)
 
 
 def conv_output_size(
@@ -150,13 +150,12 @@ def convnext_mlp(
         lambda: f"convnext_mlp: residual must be {wanted}, got {residual is not None and shape(residual)}",
     )
 
-    def unsupported_reason() -> str:
-        from fastblocks.kernels.convnext.convnext_mlp import unsupported_reason
+    tensors = {"weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2, "residual": residual}
+    require_floating("convnext_mlp", x=x, **tensors)
 
-        return unsupported_reason(x, weight1, bias1, weight2, bias2, residual)
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.convnext import convnext_mlp
 
-    if backend.decide("convnext_mlp", x, unsupported_reason):
-        from fastblocks.kernels.convnext.convnext_mlp import convnext_mlp as run
-    else:
-        run = eager.convnext_mlp
-    return run(x, weight1, bias1, weight2, bias2, residual)
+        return convnext_mlp
+
+    return run("convnext_mlp", kernels, eager.convnext_mlp, x, weight1, bias1, weight2, bias2, residual)

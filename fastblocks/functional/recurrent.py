@@ -1,10 +1,11 @@
 """Layers of independent GRUs and LSTMs."""
 
+from types import ModuleType
+
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import recurrent as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
 def grouped_gru(
@@ -41,13 +42,7 @@ def grouped_gru(
         ValueError: if shapes do not fit.
     """
     _check_recurrent("grouped_gru", 3, x, weight_ih, weight_hh, bias_ih, bias_hh, state)
-    if backend.decide(
-        "grouped_gru", x, lambda: _recurrent_unsupported_reason(x, weight_ih, weight_hh, bias_ih, bias_hh, state)
-    ):
-        from fastblocks.kernels.recurrent import operator as recurrent
-
-        return recurrent.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)
-    return eager.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, state)
+    return run("grouped_gru", _kernels, eager.grouped_gru, x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)
 
 
 def grouped_lstm(
@@ -89,20 +84,15 @@ def grouped_lstm(
     )
     for part in state or (None,):
         _check_recurrent("grouped_lstm", 4, x, weight_ih, weight_hh, bias_ih, bias_hh, part)
-    parts = state or ()
-    if backend.decide(
-        "grouped_lstm", x, lambda: _recurrent_unsupported_reason(x, weight_ih, weight_hh, bias_ih, bias_hh, *parts)
-    ):
-        from fastblocks.kernels.recurrent import operator as recurrent
-
-        return recurrent.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates)
-    return eager.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state)
+    return run(
+        "grouped_lstm", _kernels, eager.grouped_lstm, x, weight_ih, weight_hh, bias_ih, bias_hh, state, keep_gates
+    )
 
 
-def _recurrent_unsupported_reason(*tensors: Tensor | None) -> str:
-    from fastblocks.kernels.recurrent import operator as recurrent
+def _kernels() -> ModuleType:
+    from fastblocks.kernels.recurrent import operator
 
-    return recurrent.unsupported_reason(*tensors)
+    return operator
 
 
 def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, state) -> None:
@@ -134,3 +124,4 @@ def _check_recurrent(name, gates, x, weight_ih, weight_hh, bias_ih, bias_hh, sta
         state is None or shape(state) == wanted,
         lambda: f"{name}: state must be {wanted}, got {state is not None and shape(state)}",
     )
+    require_floating(name, x=x, weight_ih=weight_ih, weight_hh=weight_hh, bias_ih=bias_ih, bias_hh=bias_hh, state=state)

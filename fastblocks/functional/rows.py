@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from fastblocks import backend
 from fastblocks.eager import rows as eager
-from fastblocks.functional._dispatch import require, shape
+from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
 def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
@@ -27,8 +26,8 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
         x.dim() > 0 and shape(scale) == shape(x)[-1:],
         lambda: f"rms_norm: scale must have the shape of x's last dimension, got x {shape(x)} and scale {shape(scale)}",
     )
-    backend.decide("rms_norm", x)
-    return eager.rms_norm(x, scale, eps)
+    require_floating("rms_norm", x=x, scale=scale)
+    return run("rms_norm", None, eager.rms_norm, x, scale, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -46,8 +45,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError: if the shapes differ.
     """
     require(gate.shape == up.shape, lambda: f"swiglu: gate {shape(gate)} and up {shape(up)} must have one shape")
-    backend.decide("swiglu", gate)
-    return eager.swiglu(gate, up)
+    require_floating("swiglu", gate=gate, up=up)
+    return run("swiglu", None, eager.swiglu, gate, up)
 
 
 def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
@@ -67,15 +66,16 @@ def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: T
         ValueError: if the weights do not fit x or each other.
     """
     require(
-        weight_gate.dim() == 2
+        x.dim() > 0
+        and weight_gate.dim() == 2
         and weight_gate.shape == weight_up.shape
         and weight_gate.shape[1] == x.shape[-1]
         and weight_down.dim() == 2
         and weight_down.shape[1] == weight_gate.shape[0],
         lambda: (
-            f"swiglu_mlp: x {shape(x)} needs weight_gate and weight_up (F, {x.shape[-1]}) and weight_down (C_out, F), "
+            f"swiglu_mlp: x {shape(x)} needs weight_gate and weight_up (F, C) and weight_down (C_out, F), "
             f"got {shape(weight_gate)}, {shape(weight_up)} and {shape(weight_down)}"
         ),
     )
-    backend.decide("swiglu_mlp", x)
-    return eager.swiglu_mlp(x, weight_gate, weight_up, weight_down)
+    require_floating("swiglu_mlp", x=x, weight_gate=weight_gate, weight_up=weight_up, weight_down=weight_down)
+    return run("swiglu_mlp", None, eager.swiglu_mlp, x, weight_gate, weight_up, weight_down)

@@ -66,6 +66,7 @@ class AttentionRegisterRoFormerBlock(RoFormerBlock):
                 raise ValueError("return_registers=True, but num_register_tokens is 0")
             x = x + self.att(self.att_norm(x), window=self.window_size)
             return x + self.mlp(self.ffn_norm(x))
+        x = x.to(torch.promote_types(x.dtype, memory.dtype))  # as if put together to one sequence
         out = self.att(self.att_norm(x), self.att_norm(memory), self.window_size, return_registers)
         if not return_registers:
             x = x + out

@@ -1,35 +1,66 @@
 """A block of grouped recurrent networks and SwiGLU, each behind an RMSNorm."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.generator._layers import RMSNorm, SwiGLU, require_channels_last_dim
+from fastblocks.generator._layers import RMSNorm, SwiGLU, may_fuse, require_channels_last_dim
 
 State = Tensor | tuple[Tensor, Tensor]
+GATES = {"gru": 3, "lstm": 4}
 
 
 class GroupParameters(nn.Module):
-    """The weights of one group, named and initialised like those of torch.nn.GRU or torch.nn.LSTM without biases.
+    """One group, a torch.nn.GRU or torch.nn.LSTM without biases: its names, its initialisation, its `forward`.
 
     Args:
-        gates: 3 for a GRU, 4 for an LSTM.
+        rnn_type: 'gru' or 'lstm'.
         width: channels of the group.
         hidden: H, the hidden size.
         n_layer: how many layers.
         bidirectional: weights for both directions; layers above the first read both.
     """
 
-    def __init__(self, gates: int, width: int, hidden: int, n_layer: int, bidirectional: bool):
+    def __init__(self, rnn_type: str, width: int, hidden: int, n_layer: int, bidirectional: bool):
         super().__init__()
+        self.rnn_type, self.n_layer, self.bidirectional = rnn_type, n_layer, bidirectional
+        gates = GATES[rnn_type]
         bound = 1 / math.sqrt(hidden)
         for layer in range(n_layer):
             for suffix in ("", "_reverse") if bidirectional else ("",):
                 for name, columns in (("weight_ih", width), ("weight_hh", hidden)):
                     weight = nn.Parameter(torch.empty(gates * hidden, columns).uniform_(-bound, bound))
                     self.register_parameter(f"{name}_l{layer}{suffix}", weight)
+
+    def forward(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """x (B, T, width) -> (B, T, directions · hidden) and the state; GroupedRNN runs all of its groups at once."""
+        return _run([self], x, state)
+
+
+def _run(groups: Sequence[GroupParameters], x: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """All layers of groups of one kind: x (B, T, G·I) -> (B, T, G·N·H) and the state, as GroupedRNN takes it."""
+    first = groups[0]
+    lstm = first.rnn_type == "lstm"
+    recurrence = functional.grouped_lstm if lstm else functional.grouped_gru
+    suffixes = ("", "_reverse") if first.bidirectional else ("",)
+
+    def stacked(name: str) -> Tensor:
+        """The weights of all directions and groups: (N, G, rows, columns)."""
+        weights = [getattr(group, f"{name}{suffix}") for suffix in suffixes for group in groups]
+        return torch.stack(weights).unflatten(0, (len(suffixes), -1))
+
+    given = [None] * first.n_layer
+    if state is not None:
+        by_layer = zip(*(part.split(len(suffixes)) for part in (state if lstm else (state,))), strict=True)
+        given = list(by_layer) if lstm else [h for (h,) in by_layer]
+    final = []
+    for layer in range(first.n_layer):
+        x, last = recurrence(x, stacked(f"weight_ih_l{layer}"), stacked(f"weight_hh_l{layer}"), state=given[layer])
+        final.append(last)
+    return x, (tuple(torch.cat(part) for part in zip(*final, strict=True)) if lstm else torch.cat(final))
 
 
 class GroupedRNN(nn.Module):
@@ -51,9 +82,8 @@ class GroupedRNN(nn.Module):
 
     def __init__(self, n_embd: int, n_layer: int, n_groups: int, rnn_type: str = "gru", bidirectional: bool = False):
         super().__init__()
-        gates = {"gru": 3, "lstm": 4}
         self.rnn_type = str(rnn_type).lower()
-        if self.rnn_type not in gates:
+        if self.rnn_type not in GATES:
             raise ValueError(f"rnn_type must be 'gru' or 'lstm', got {rnn_type!r}")
         if n_groups < 1 or n_embd % n_groups:
             raise ValueError(f"n_embd must be divisible by n_groups, got n_embd={n_embd} and n_groups={n_groups}")
@@ -68,7 +98,7 @@ class GroupedRNN(nn.Module):
         self.n_embd, self.n_layer, self.bidirectional = n_embd, n_layer, bidirectional
         hidden = width // 2 if bidirectional else width
         self.rnns = nn.ModuleList(
-            GroupParameters(gates[self.rnn_type], width, hidden, n_layer, bidirectional) for _ in range(n_groups)
+            GroupParameters(self.rnn_type, width, hidden, n_layer, bidirectional) for _ in range(n_groups)
         )
 
     def forward(self, x: Tensor, state: State | None = None, return_state: bool = False) -> Tensor | tuple:
@@ -85,28 +115,27 @@ class GroupedRNN(nn.Module):
             (B, T, C), or with return_state a pair of it and the state.
         """
         require_channels_last_dim(x, self.n_embd, "GroupedRNN")
-        lstm = self.rnn_type == "lstm"
-        recurrence = functional.grouped_lstm if lstm else functional.grouped_gru
-        given = self._layers_of(x, state)
-        final = []
-        for layer in range(self.n_layer):
-            weight_ih, weight_hh = self._stacked("weight_ih", layer), self._stacked("weight_hh", layer)
-            x, last = recurrence(x, weight_ih, weight_hh, state=given[layer])
-            final.append(last)
-        if not return_state:
-            return x
-        return x, (tuple(torch.cat(part) for part in zip(*final, strict=True)) if lstm else torch.cat(final))
+        self._check_state(x, state)
+        groups = dict.fromkeys(self.rnns._modules, GroupParameters)
+        together = may_fuse(f"grouped_{self.rnn_type}", self.rnns, **groups)
+        y, last = _run(self.rnns, x, state) if together else self._group_by_group(x, state)
+        return (y, last) if return_state else y
 
-    def _stacked(self, name: str, layer: int) -> Tensor:
-        """One layer's weights of all directions and groups: (N, G, rows, columns)."""
-        suffixes = ("", "_reverse") if self.bidirectional else ("",)
-        weights = [getattr(rnn, f"{name}_l{layer}{suffix}") for suffix in suffixes for rnn in self.rnns]
-        return torch.stack(weights).unflatten(0, (len(suffixes), -1))
+    def _group_by_group(self, x: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Each group by a call of its module."""
+        lstm, groups = self.rnn_type == "lstm", len(self.rnns)
+        states = [None] * groups
+        if state is not None:
+            parts = [part.chunk(groups, -1) for part in (state if lstm else (state,))]
+            states = list(zip(*parts, strict=True)) if lstm else parts[0]
+        results = [rnn(part, own) for rnn, part, own in zip(self.rnns, x.chunk(groups, -1), states, strict=True)]
+        y, last = zip(*results, strict=True)
+        last = tuple(torch.cat(part, -1) for part in zip(*last, strict=True)) if lstm else torch.cat(last, -1)
+        return torch.cat(y, -1), last
 
-    def _layers_of(self, x: Tensor, state: State | None) -> list:
-        """The state of each layer, or None for each."""
+    def _check_state(self, x: Tensor, state: State | None) -> None:
         if state is None:
-            return [None] * self.n_layer
+            return
         directions = 2 if self.bidirectional else 1
         wanted = (self.n_layer * directions, x.shape[0], self.n_embd // directions)
         parts = state if self.rnn_type == "lstm" else (state,)
@@ -116,8 +145,6 @@ class GroupedRNN(nn.Module):
                 + (f"a pair of tensors {wanted}" if self.rnn_type == "lstm" else f"a tensor {wanted}")
                 + f", got {[tuple(part.shape) for part in parts]}"
             )
-        by_layer = list(zip(*(part.split(directions) for part in parts), strict=True))
-        return by_layer if self.rnn_type == "lstm" else [h for (h,) in by_layer]
 
 
 class RNNBlock(nn.Module):

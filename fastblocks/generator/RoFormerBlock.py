@@ -28,13 +28,29 @@ class RoFormerAttention(nn.Module):
         self.register_buffer("rope", functional.rope_table(*self._table), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Move like any module, but keep the angles in float32: bfloat16 cannot tell position 300 from 301."""
+        """Move like any module, but keep the table: no checkpoint brings it back.
+
+        Only the device of what `fn` makes of it counts, because `to_empty` makes uninitialised memory of it, and
+        `bfloat16()` angles that cannot tell position 300 from 301. A table that somebody else put there is kept like
+        the one of the constructor; on the way to the meta device it stays where it was, and `forward` moves it.
+        """
         rope = self.rope
         super()._apply(fn, recurse)
-        if self.rope.dtype != torch.float32 or rope.is_meta:
-            device = self.rope.device
-            self.rope = (functional.rope_table(*self._table) if rope.is_meta else rope).to(device)
+        device = self.rope.device
+        self.rope = rope if device.type == "meta" else self._real(rope).to(device)
         return self
+
+    def _real(self, rope: Tensor) -> Tensor:
+        """The table, made again if it was put on the meta device (by a patched `register_buffer`)."""
+        return functional.rope_table(*self._table) if rope.is_meta else rope
+
+    def _rope_on(self, device: torch.device) -> Tensor:
+        """The table on the input's device; not every recipe that fills a module moves buffers (`assign=True`)."""
+        if self.rope.device != device:
+            if device.type == "meta":
+                return self.rope.to(device)
+            self.rope = self._real(self.rope).to(device)
+        return self.rope
 
     def forward(
         self, x: Tensor, registers: Tensor | None = None, window: int = -1, return_registers: bool = False
@@ -43,7 +59,7 @@ class RoFormerAttention(nn.Module):
         register_qkv = None if registers is None else self.c_attn(registers)
         y = functional.rope_attention(
             self.c_attn(x),
-            self.rope,
+            self._rope_on(x.device),
             self.n_head,
             window=window,
             register_qkv=register_qkv,

@@ -2,29 +2,26 @@
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblocks import functional
 from fastblocks.functional.convnext import conv_output_size
-from fastblocks.generator._layers import RMSNorm
+from fastblocks.generator._layers import RMSNorm, called_as_modules, may_fuse
 
 MODES = ("normal", "transposed")
 VARIANTS = ("convnext", "msrkit")
+_CONV = {
+    (1, False): nn.Conv1d,
+    (2, False): nn.Conv2d,
+    (1, True): nn.ConvTranspose1d,
+    (2, True): nn.ConvTranspose2d,
+}
 
 
-class LayerNorm(nn.Module):
-    """The affine parameters of a layer normalization over channels; `depthwise_conv_layer_norm` applies it."""
-
-    def __init__(self, dim: int, eps: float = 1e-6):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
+def _geometry(conv: nn.Module) -> tuple:
+    """What a convolution computes apart from its weights; somebody may make the padding circular."""
+    return conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups, conv.padding_mode
 
 
 class ConvNeXtBlock(nn.Module):
@@ -69,19 +66,14 @@ class ConvNeXtBlock(nn.Module):
 
     def _conv(self, output_dim: int, groups: int = 1) -> nn.Module:
         """A convolution from input_dim channels with this block's kernel, stride and "same" padding."""
-        kinds = {
-            (1, False): nn.Conv1d,
-            (2, False): nn.Conv2d,
-            (1, True): nn.ConvTranspose1d,
-            (2, True): nn.ConvTranspose2d,
-        }
         padding = tuple(k // 2 for k in self.kernel_size)
-        kind = kinds[self.spatial, self.transposed]
+        kind = _CONV[self.spatial, self.transposed]
         return kind(self.input_dim, output_dim, self.kernel_size, stride=self.stride, padding=padding, groups=groups)
 
     def _build_convnext(self) -> None:
         self.dwconv = self._conv(self.input_dim, groups=self.input_dim)
-        self.norm = LayerNorm(self.input_dim)
+        self._geometry = _geometry(self.dwconv)
+        self.norm = nn.LayerNorm(self.input_dim, eps=1e-6)
         self.pwconv1 = nn.Linear(self.input_dim, 4 * self.input_dim)
         self.pwconv2 = nn.Linear(4 * self.input_dim, self.output_dim)
         if any(s > 1 for s in self.stride) or self.input_dim != self.output_dim:
@@ -124,25 +116,34 @@ class ConvNeXtBlock(nn.Module):
         return self._forward_msrkit(x, sizes) if self.variant == "msrkit" else self._forward_convnext(x, sizes)
 
     def _forward_convnext(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        y = functional.depthwise_conv_layer_norm(
-            x,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.norm.weight,
-            self.norm.bias,
-            stride=self.stride,
-            transposed=self.transposed,
-            output_size=sizes,
-            eps=self.norm.eps,
-        )
-        return functional.convnext_mlp(
-            y,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
-            residual=self._residual(x, sizes),
-        )
+        y, residual = self._normed_convolution(x, sizes), self._residual(x, sizes)
+        if may_fuse("convnext_mlp", self, pwconv1=nn.Linear, pwconv2=nn.Linear, bias=True):
+            first, second = self.pwconv1, self.pwconv2
+            return functional.convnext_mlp(y, first.weight, first.bias, second.weight, second.bias, residual=residual)
+        return residual + self.pwconv2(F.gelu(self.pwconv1(y))).movedim(-1, 1)
+
+    def _normed_convolution(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        conv, norm, name = self.dwconv, self.norm, "depthwise_conv_layer_norm"
+        kind = _CONV[self.spatial, self.transposed]
+        if may_fuse(name, self, dwconv=kind, norm=nn.LayerNorm, bias=True):
+            if _geometry(conv) == self._geometry:
+                return functional.depthwise_conv_layer_norm(
+                    x,
+                    conv.weight,
+                    conv.bias,
+                    norm.weight,
+                    norm.bias,
+                    stride=self.stride,
+                    transposed=self.transposed,
+                    output_size=sizes,
+                    eps=norm.eps,
+                )
+            called_as_modules(name, ["dwconv"])
+        return norm(conv(x, **self._output_size(sizes)).movedim(1, -1))
+
+    def _output_size(self, sizes: tuple[int, ...]) -> dict[str, list[int]]:
+        """What a transposed convolution has to be told."""
+        return {"output_size": list(sizes)} if self.transposed else {}
 
     def _residual(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         if self.residual_conv is None:
@@ -159,7 +160,7 @@ class ConvNeXtBlock(nn.Module):
         return x
 
     def _forward_msrkit(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        extra = {"output_size": list(sizes)} if self.transposed else {}
+        extra = self._output_size(sizes)
         y = self.pwconv1(self.norm(self.dwconv(x, **extra).movedim(1, -1)))
         y = self.pwconv2(functional.swiglu(*y.chunk(2, dim=-1))).movedim(-1, 1)
         return y + self.residual_conv(x, **extra)

@@ -2,8 +2,9 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from fastblocks import functional
+from fastblocks import backend, functional
 
 
 class RMSNorm(nn.Module):
@@ -41,7 +42,47 @@ class SwiGLU(nn.Module):
         self.c_proj = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.swiglu_mlp(x, self.c_fc1.weight, self.c_fc2.weight, self.c_proj.weight)
+        if may_fuse("swiglu_mlp", self, c_fc1=nn.Linear, c_fc2=nn.Linear, c_proj=nn.Linear, bias=False):
+            return functional.swiglu_mlp(x, self.c_fc1.weight, self.c_fc2.weight, self.c_proj.weight)
+        return self.c_proj(functional.swiglu(self.c_fc1(x), self.c_fc2(x)))
+
+
+def may_fuse(operation: str, parent: nn.Module, *, bias: bool | None = None, **children: type[nn.Module]) -> bool:
+    """True if a fused operation may read the parameters of a module's children past them; False: call them as modules.
+
+    It may while calling them would do nothing else. A child that was replaced (LoRA, quantization, FSDP), that has
+    hooks (weight_norm is one), parametrizations or a `forward` of its own is called, or what was put there would
+    silently do nothing. `explain` then names it.
+
+    Args:
+        operation: the fused operation, for `explain`.
+        parent: the module.
+        bias: whether the children must or must not have one; None: no matter.
+        **children: the class of each child, by name.
+    """
+    modules, anywhere = parent._modules, _has_any_global_hook()
+    others = [name for name, kind in children.items() if anywhere or not is_plain(modules[name], kind, bias)]
+    if others:
+        called_as_modules(operation, others)
+    return not others
+
+
+def called_as_modules(operation: str, names: list[str]) -> None:
+    """Tell `explain` that children stand in the way of an operation."""
+    backend.declined(operation, f"replaced, hooked or changed, so called as modules: {', '.join(names)}")
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module], bias: bool | None) -> bool:
+    """True if a call of the module is `kind.forward`, with a bias or without as asked for, and nothing more."""
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+        and (bias is None or (module._parameters.get("bias") is not None) is bias)
+    )
 
 
 def require_channels_last_dim(x: Tensor, n_embd: int, block: str) -> None:

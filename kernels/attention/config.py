@@ -3,7 +3,21 @@
 Nothing here was timed yet: the sizes are predictions, held against the compiler's report of registers and spills.
 """
 
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
+
+MIN_TILE = 16  # what tl.dot takes
+ROTATE_FROM = 1024  # from here on, without a window, q and k are rotated once, in a pass of their own (a prediction)
+CHUNK = 512  # keys a program of the registers' output: 16 programs a head at T = 8192, 128 at 65536 (a prediction)
+JOIN_ROWS = 4  # registers a program that joins chunks: few, because there are only B·H·R of them
+PARTIAL_TILE = 8192  # elements of partial sums a program adds at a time: 64 registers of 128 threads
 
 # Their products read operands from shared memory; everywhere else (sm_80, sm_89, gfx942) operands take registers.
 OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
@@ -43,3 +57,105 @@ def launch_config(kernel: str, n_rows: int, block_d: int, element_size: int, arc
     if kernel == "grad_query" and block_d > 32 and not roomy:
         return config(8, 2, BLOCK_M=64, BLOCK_N=64)  # 128 queries spill 648 bytes a thread on sm_80
     return config(8, 2, BLOCK_M=128, BLOCK_N=64)
+
+
+# ---- what follows from shapes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a launch needs and that follows from shapes; worked out once a shape."""
+
+    short: bool  # all keys of a head on chip
+    rotated: bool  # q and k are rotated in a pass of their own
+    n_tokens: int
+    n_registers: int
+    half_window: int
+    scale: float  # of the scores, for a base-2 exponential
+    configs: dict[str, LaunchConfig]  # by kernel
+
+
+def tile(rows: int) -> int:
+    return max(MIN_TILE, 1 << (rows - 1).bit_length())
+
+
+def whole_tiles(n_rows: int) -> tuple[int, int]:
+    """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0)."""
+    one = tile(n_rows)
+    if n_rows == one or one == MIN_TILE:
+        return one, 0
+    rest = tile(n_rows - one // 2)
+    return (one, 0) if rest * 2 >= one else (one // 2, rest)
+
+
+def runs_short(qkv: Tensor, n_head: int, n_registers: int) -> bool:
+    """Whether the kernels for short sequences run; sizes may be symbolic."""
+    block_d = tile(qkv.shape[2] // (3 * n_head))
+    return is_short(n_registers + qkv.shape[1], block_d, qkv.element_size(), runtime.architecture(qkv.device))
+
+
+def plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, registers_out: bool) -> Plan:
+    return _plan(
+        qkv.shape[1],
+        0 if register_qkv is None else register_qkv.shape[1],
+        qkv.shape[2] // (3 * n_head),
+        window,
+        qkv.dtype,
+        registers_out,
+        torch.backends.cuda.matmul.allow_tf32,
+        runtime.architecture(qkv.device),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    n_tokens: int, n_registers: int, head_dim: int, window: int, dtype: torch.dtype,
+    registers_out: bool, tf32: bool, architecture: str,
+) -> Plan:  # fmt: skip
+    n_rows = n_registers + n_tokens
+    block_d, size = tile(head_dim), dtype.itemsize
+    shared = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
+    products = {"PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee"}
+    has_window = window >= 0 and window // 2 < n_tokens - 1
+    configs = {
+        "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
+    }
+    short = is_short(n_rows, block_d, size, architecture)
+    rotate = window >= 0 or n_tokens < ROTATE_FROM
+
+    def chosen(kernel: str, **constants) -> LaunchConfig:
+        return launch_config(kernel, n_rows, block_d, size, architecture).with_(**shared, **products, **constants)
+
+    if short:
+        block_a, block_b = whole_tiles(n_rows)
+        n_queries = n_rows if registers_out else n_tokens
+        for name in ("whole_forward", "whole_backward"):
+            block_m = min(launch_config(name, n_rows, block_d, size, architecture)["BLOCK_M"], tile(n_queries))
+            one = block_m >= n_queries
+            configs[name] = chosen(
+                name,
+                HAS_WINDOW=has_window,
+                HAS_REGISTERS=n_registers > 0,
+                REGISTERS_OUT=registers_out,
+                BLOCK_A=block_a,
+                BLOCK_B=block_b,
+                BLOCK_M=block_m,
+                ONE_BLOCK=one,
+                EVEN=one and block_m == block_a == n_rows and n_registers == 0,
+            )
+    else:
+        block_r = tile(max(1, n_registers))
+        flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
+        has_registers = {"HAS_REGISTERS": n_registers > 0}
+        registers = {"BLOCK_R": block_r, "CHUNK": CHUNK, "ROTATE": rotate}
+        configs |= {
+            "rotate": config(4, **shared, BLOCK_M=max(MIN_TILE, 4096 // block_d)),
+            "blocks_forward": chosen("blocks_forward", **flags, **has_registers),
+            "grad_query": chosen("grad_query", **flags, **has_registers),
+            "grad_key": chosen("grad_key", **flags, REGISTERS_OUT=registers_out),
+            "register_forward": chosen("register", **registers),
+            "register_backward": chosen("register", **registers),
+            "register_join": config(1, **shared, BLOCK_R=JOIN_ROWS),
+        }
+    scale = head_dim**-0.5 / math.log(2)
+    return Plan(short, not short and not rotate, n_tokens, n_registers, window // 2, scale, configs)

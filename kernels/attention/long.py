@@ -4,14 +4,26 @@ Queries of tokens see the registers first (one tile), then the blocks of keys th
 mask over the edges of the window and of the sequence, and one without over what lies between. The softmax is online;
 its logarithm (base 2, `lse`) is kept, and backward recomputes P from it in two deterministic kernels: the first
 takes blocks of queries (dq, delta, and a partial sum of the registers' dk and dv), the second blocks of keys (dk, dv,
-and a partial sum of the registers' dq where their output was asked for). `attention_registers` adds the partials up.
+and a partial sum of the registers' dq where their output was asked for). `registers` adds the partials up.
 
 Bytes of a (batch, head): forward 4·T·D elements and 4·T of statistics, backward 12·T·D: both kernels read q, k, v
 and dout. Blocks of neighbours overlap in the caches: each key is read (BLOCK_M + W) / BLOCK_M times. FLOPs:
 4·T·(W + R)·D and, with seven products, 14·T·(W + R)·D, T for W where there is no window.
 """
 
-from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+import torch
+from torch import Tensor
+
+from fastblocks.kernels.attention.config import Plan
+from fastblocks.kernels.attention.tiles import (
+    LOG2_E,
+    load_rotated,
+    load_rows,
+    register_arguments,
+    rotate,
+    store_rows,
+)
+from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -370,3 +382,58 @@ def _grad_key_kernel(
         True,
     )
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
+
+
+def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
+    """What every kernel of this family reads, by name; q and k are rotated here where the plan says so."""
+    batch, n_tokens, width = qkv.shape
+    qk = qkv
+    if plan.rotated:
+        qk = torch.empty((batch, n_tokens, width // 3 * 2), dtype=qkv.dtype, device=qkv.device)
+        config = plan.configs["rotate"]
+        launch(
+            _rotate_kernel, (batch * 2 * n_head * triton.cdiv(n_tokens, config["BLOCK_M"]),), config, like=qkv,
+            qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=qk, stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1),
+            n_tokens=n_tokens, n_registers=plan.n_registers, n_head=n_head,
+        )  # fmt: skip
+    return {
+        "qk_ptr": qk, "v_ptr": qkv[..., 2 * (width // 3) :], "rope_ptr": rope,
+        "stride_qk_b": qk.stride(0), "stride_qk_t": qk.stride(1),
+        "stride_v_b": qkv.stride(0), "stride_v_t": qkv.stride(1), **register_arguments(qkv, register_qkv),
+        "n_tokens": n_tokens, "n_registers": plan.n_registers, "n_head": n_head, "scale": plan.scale,
+    }  # fmt: skip
+
+
+def forward(inputs: dict, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
+    """Fills out (B, T, C) and, to keep, lse (B, H, T)."""
+    config, n_head = plan.configs["blocks_forward"], inputs["n_head"]
+    launch(
+        _blocks_forward_kernel, (out.shape[0] * n_head * triton.cdiv(plan.n_tokens, config["BLOCK_M"]),),
+        config.with_(KEEP_LSE=keep), like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window,
+    )  # fmt: skip
+
+
+def n_query_blocks(plan: Plan) -> int:
+    return triton.cdiv(plan.n_tokens, plan.configs["grad_query"]["BLOCK_M"])
+
+
+def backward(
+    inputs: dict, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
+    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_slots: int, plan: Plan,
+) -> None:  # fmt: skip
+    """Fills grad_qkv (B, T, 3C), and slots 1 … blocks of partial (B, n_slots, R, 3C) with the registers' dk and dv."""
+    batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
+    delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
+    both = {
+        **inputs, "grad_out_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv,
+        "stride_grad_b": grad_out.stride(0), "stride_grad_t": grad_out.stride(1), "half_window": plan.half_window,
+    }  # fmt: skip
+    launch(
+        _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
+        **both, out_ptr=out, partial_ptr=partial, n_slots=n_slots,
+    )  # fmt: skip
+    launch(
+        _grad_key_kernel, (batch * n_head * triton.cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
+        **both, register_out_ptr=register_out, grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
+        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+    )  # fmt: skip

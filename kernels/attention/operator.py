@@ -7,8 +7,8 @@ Layouts: qkv (B, T, 3C) and register_qkv (B or 1, R, 3C) with any strides but a 
 place; rope (≥ R + T, D/2, 2) float32; out (B, T, C) contiguous. A register sees everything; what it sees is computed
 only when asked for. Rows past 2^31 elements are addressed in int64.
 
-Two families of kernels, chosen by shape alone: `attention_whole` (all keys of a head on chip; short sequences) and
-`attention_blocks` (everything else; work and memory grow with T · (window + R)), with `attention_registers` beside it.
+Two families of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and
+`long` (everything else; work and memory grow with T · (window + R)), with `registers` beside it.
 Kept for backward: the inputs, and for the second family out and the base-2 logarithm of the softmax's sum:
 `lse`, flat, (B, H, T) and then, where the registers' output was asked for, (B, H, R).
 Each file counts its own bytes and FLOPs.
@@ -16,18 +16,22 @@ Each file counts its own bytes and FLOPs.
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastblocks.kernels.attention.launchers import aot_cases, backward, forward, is_whole, lse_size
+from fastblocks.eager import attention as eager
+from fastblocks.kernels.attention import long, registers, short
+from fastblocks.kernels.attention.config import plan_of, runs_short
+from fastblocks.kernels.operator import Operator
 
-__all__ = ["aot_cases", "rope_attention", "unsupported_reason"]
+__all__ = ["rope_attention", "unsupported_reason"]
 
 MIN_HEAD_DIM = 8
 MAX_HEAD_DIM = 256
 MAX_REGISTERS = 64  # one tile of keys
 
 
-def unsupported_reason(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None) -> str:
+def unsupported_reason(
+    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
+) -> str:
     """Why these kernels do not take a call; an empty string if they do."""
     head_dim = qkv.shape[2] // (3 * n_head)
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
@@ -45,103 +49,91 @@ def unsupported_reason(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Ten
     return ""
 
 
-# ---- operators -------------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("fastblocks", "FRAGMENT")
-_library.define(
-    "rope_attention(Tensor qkv, Tensor rope, Tensor? register_qkv, int n_head, int window, bool registers_out, "
-    "bool keep_lse) -> (Tensor, Tensor, Tensor)"
-)
-_library.define(
-    "rope_attention_backward(Tensor grad_out, Tensor? grad_register_out, Tensor qkv, Tensor rope, "
-    "Tensor? register_qkv, Tensor out, Tensor register_out, Tensor lse, int n_head, int window) -> (Tensor, Tensor)"
-)
-
-
-def _forward_fake(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse):
+def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, keep):
     batch, n_tokens, width = qkv.shape
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
-    saved = keep_lse and not is_whole(qkv, n_head, n_registers)
+    short = runs_short(qkv, n_head, n_registers)
+    kept_rows = batch * n_head * (n_tokens + n_registers if registers_out else n_tokens)
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
         qkv.new_empty((batch, n_registers, width // 3) if registers_out else (0,)),
-        qkv.new_empty(
-            (lse_size(batch * n_head, n_tokens, n_registers, registers_out) if saved else 0,), dtype=torch.float32
-        ),
+        qkv.new_empty((kept_rows if keep and not short else 0,), dtype=torch.float32),
     )
 
 
-def _backward_fake(grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, lse, n_head, window):
-    return qkv.new_empty(qkv.shape), qkv.new_empty((0,) if register_qkv is None else register_qkv.shape)
+def _readable(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-class _RopeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, rope, register_qkv, n_head, window, registers_out):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, register_out, lse = _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, True)
-        ctx.save_for_backward(qkv, rope, register_qkv, out, register_out, lse)
-        ctx.n_head, ctx.window, ctx.registers_out = n_head, window, registers_out
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(lse) if registers_out else ctx.mark_non_differentiable(register_out, lse)
-        return out, register_out, lse
+def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, keep):
+    out, register_out, lse = outputs
+    qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
+    plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
+    if plan.short:
+        short.forward(qkv, rope, n_head, register_qkv, out, register_out, plan)
+        return
+    inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
+    long.forward(inputs, out, lse, keep, plan)
+    if registers_out:
+        registers.forward(inputs, register_out, _of_registers(lse, out, n_head) if keep else lse, keep, plan)
 
-    @staticmethod
-    def backward(ctx, grad_out, grad_register_out, _):
-        qkv, rope, register_qkv, out, register_out, lse = ctx.saved_tensors
-        if grad_out is None and grad_register_out is None:
-            return (None,) * 6
-        if torch.is_grad_enabled():  # create_graph=True: the plain formula can be differentiated again
-            grad_qkv, grad_register = _formula_gradients(
-                grad_out, grad_register_out, qkv, rope, register_qkv, ctx.n_head, ctx.window
-            )
-            return grad_qkv, None, grad_register, None, None, None
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if grad_register_out is None and ctx.registers_out:
-            grad_register_out = torch.zeros_like(register_out)
-        grad_qkv, grad_register = _rope_attention_backward(
-            grad_out, grad_register_out, qkv, rope, register_qkv, out, register_out, lse, ctx.n_head, ctx.window
+
+def _of_registers(lse: Tensor, out: Tensor, n_head: int) -> Tensor:
+    """What follows the tokens' part of lse."""
+    return lse[out.shape[0] * out.shape[1] * n_head :]
+
+
+def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_out, out, register_out, lse):
+    grad_out, grad_register_out = grads
+    registers_out = registers_out and grad_register_out is not None
+    grad_out = torch.zeros_like(out) if grad_out is None else _readable(grad_out)
+    grad_register_out = _readable(grad_register_out) if registers_out else grad_out
+    qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
+    plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
+    batch, n_tokens, width = qkv.shape
+    grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
+    n_slots, first_slot, last_slot_q, last_slot = 1, 0, 1, 1
+    if not plan.short:
+        blocks = long.n_query_blocks(plan)
+        last_slot_q = registers.n_chunks(plan) if registers_out else 0
+        first_slot, last_slot, n_slots = 0 if registers_out else 1, 1 + blocks, max(1 + blocks, last_slot_q)
+    partial = qkv  # not written
+    if plan.n_registers:
+        partial = torch.empty((batch, n_slots, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
+
+    if plan.short:
+        short.backward(grad_out, grad_register_out, qkv, rope, n_head, register_qkv, grad_qkv, partial, plan)
+    else:
+        inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
+        register_lse = _of_registers(lse, out, n_head) if registers_out else lse
+        long.backward(
+            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_slots, plan
         )
-        return grad_qkv, None, None if register_qkv is None else grad_register, None, None, None
+        if registers_out:
+            registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_slots, plan)
+    if register_qkv is None:
+        return grad_qkv, None, None
+    grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    registers.gradient(partial, rope, n_head, grad_register, first_slot, last_slot_q, last_slot, plan)
+    return grad_qkv, None, grad_register
 
 
-def _formula_gradients(grad_out, grad_register_out, qkv, rope, register_qkv, n_head, window):
-    """Gradients of qkv and register_qkv that can be differentiated again."""
-    from fastblocks.eager import attention as eager
-    from fastblocks.eager.derivatives import by_formula
-
-    grads = [grad for grad in (grad_out, grad_register_out) if grad is not None]
-
-    def formula(qkv: Tensor, register_qkv: Tensor | None) -> list[Tensor]:
-        results = eager.rope_attention(qkv, rope, n_head, window, register_qkv, grad_register_out is not None)
-        results = results if isinstance(results, tuple) else (results,)
-        return list(results[-len(grads) :])  # only the registers' if nobody asked for the gradient of the tokens'
-
-    with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no second derivative
-        return by_formula(formula, (qkv, register_qkv), grads)
-
-
-def _autograd(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse):
-    if torch.is_grad_enabled() and (qkv.requires_grad or (register_qkv is not None and register_qkv.requires_grad)):
-        return _RopeAttention.apply(qkv, rope, register_qkv, n_head, window, registers_out)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _rope_attention(qkv, rope, register_qkv, n_head, window, registers_out, keep_lse)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("rope_attention", forward, _key)
-    _library.impl("rope_attention_backward", backward, _key)
-_library.impl("rope_attention", _autograd, "Autograd")
-torch.library.register_fake("fastblocks::rope_attention", _forward_fake, lib=_library)
-torch.library.register_fake("fastblocks::rope_attention_backward", _backward_fake, lib=_library)
-_rope_attention = torch.ops.fastblocks.rope_attention.default
-_rope_attention_backward = torch.ops.fastblocks.rope_attention_backward.default
+_operator = Operator(
+    "rope_attention",
+    "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, bool keep) "
+    "-> (Tensor out, Tensor register_out, Tensor lse)",
+    results=2,
+    outputs=_outputs,
+    forward=_forward,
+    saved=("out", "register_out", "lse"),
+    backward=_backward,
+    formula=eager.rope_attention,
+)
 
 
 def rope_attention(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastblocks.functional.rope_attention` for what `unsupported_reason` lets through."""
-    out, register_out, _ = _rope_attention(qkv, rope, register_qkv, n_head, window, return_registers, False)
+    out, register_out, _ = _operator(qkv, rope, n_head, window, register_qkv, return_registers)
     return (out, register_out) if return_registers else out

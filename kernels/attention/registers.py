@@ -8,8 +8,13 @@ they are added in the order of the blocks. No atomics: two runs give the same bi
 Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
 
+import torch
+from torch import Tensor
+
+from fastblocks.kernels.attention.config import JOIN_ROWS, Plan
 from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _register_queries, _softmax_step
 from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -183,3 +188,59 @@ def _register_gradient_kernel(
     if head < 2 * n_head:
         x = rotate(x, rope_ptr + r * HEAD_DIM, one, 1, HEAD_DIM, BLOCK_D, False, True)
     store_rows(grad_register_ptr + (b * n_registers + r) * width + head * HEAD_DIM, x, one, 1, width, HEAD_DIM, BLOCK_D)
+
+
+def n_chunks(plan: Plan) -> int:
+    return triton.cdiv(plan.n_tokens, plan.configs["register_forward"]["CHUNK"])
+
+
+def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
+    """Fills register_out (B, R, C) and, to keep, register_lse (B, H, R)."""
+    batch, n_registers, channels = register_out.shape
+    n_head, chunks = inputs["n_head"], n_chunks(plan)
+    rows = (batch, n_head, chunks, n_registers)
+    m, total = (torch.empty(rows, dtype=torch.float32, device=register_out.device) for _ in range(2))
+    acc = torch.empty((*rows, channels // n_head), dtype=torch.float32, device=register_out.device)
+    launch(
+        _register_forward_kernel, (batch * n_head * chunks,), plan.configs["register_forward"], like=register_out,
+        **inputs, m_ptr=m, total_ptr=total, acc_ptr=acc, n_chunks=chunks,
+    )  # fmt: skip
+    launch(
+        _register_join_kernel, (batch * n_head * triton.cdiv(n_registers, JOIN_ROWS),),
+        plan.configs["register_join"].with_(KEEP_LSE=keep), like=register_out,
+        m_ptr=m, total_ptr=total, acc_ptr=acc, register_out_ptr=register_out, register_lse_ptr=register_lse,
+        n_registers=n_registers, n_head=n_head, n_chunks=chunks, scale=plan.scale,
+    )  # fmt: skip
+
+
+def backward(
+    inputs: dict, grad_register_out: Tensor, register_out: Tensor, register_lse: Tensor, partial: Tensor,
+    n_slots: int, plan: Plan,
+) -> None:  # fmt: skip
+    """Fills slots 0 … chunks - 1 of partial (B, n_slots, R, 3C) with the registers' dq, and slot 0 with dk and dv of
+    what they see of each other."""
+    chunks = n_chunks(plan)
+    launch(
+        _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * chunks,),
+        plan.configs["register_backward"], like=register_out, **inputs, register_out_ptr=register_out,
+        grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse, partial_ptr=partial,
+        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+        n_chunks=chunks, n_slots=n_slots,
+    )  # fmt: skip
+
+
+def gradient(
+    partial: Tensor, rope: Tensor, n_head: int, grad_register: Tensor, first_slot: int, last_slot_q: int,
+    last_slot: int, plan: Plan,
+) -> None:  # fmt: skip
+    """Fills grad_register (B or 1, R, 3C) with the sum of partial (B, n_slots, R, 3C)."""
+    groups, n_registers, _ = grad_register.shape
+    n_slots, n_batches = partial.shape[1], partial.shape[0] // groups
+    if n_slots == 1:  # one partial sum a batch: as if all were of one
+        n_slots, last_slot_q, last_slot, n_batches = n_batches, n_batches, n_batches, 1
+    launch(
+        _register_gradient_kernel, (groups * n_registers * 3 * n_head,), plan.configs["register_gradient"],
+        like=partial, partial_ptr=partial, rope_ptr=rope, grad_register_ptr=grad_register,
+        n_registers=n_registers, n_head=n_head, n_slots=n_slots, n_batches=n_batches,
+        first_slot=first_slot, last_slot_q=last_slot_q, last_slot=last_slot,
+    )  # fmt: skip

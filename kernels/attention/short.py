@@ -13,14 +13,19 @@ stays in the caches. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 
 decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T / (8·D) clocks of them a byte.
 """
 
+from torch import Tensor
+
+from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
     LOG2_E,
     load_rows,
     load_sequence,
+    register_arguments,
     rotate,
     store_rows,
     visible,
 )
+from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -249,3 +254,33 @@ def _whole_backward_kernel(
             dk_b * (scale / LOG2_E), grad_qkv_ptr + n_channels, partial_ptr + n_channels, rope_ptr, offs_b,
             n_registers, n_rows, n_channels, HEAD_DIM, BLOCK_D, HAS_REGISTERS, True,
         )  # fmt: skip
+
+
+def forward(
+    qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, out: Tensor, register_out: Tensor, plan: Plan
+) -> None:
+    """Fills out (B, T, C) and, where the plan has it, register_out (B, R, C)."""
+    launch(
+        _whole_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_forward"], like=qkv,
+        qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
+        stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
+        n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
+        scale=plan.scale,
+    )  # fmt: skip
+
+
+def backward(
+    grad_out: Tensor, grad_register_out: Tensor, qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None,
+    grad_qkv: Tensor, partial: Tensor, plan: Plan,
+) -> None:  # fmt: skip
+    """Fills grad_qkv (B, T, 3C) and partial (B, 1, R, 3C)."""
+    launch(
+        _whole_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_backward"], like=qkv,
+        qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
+        grad_qkv_ptr=grad_qkv, partial_ptr=partial,
+        stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
+        stride_grad_b=grad_out.stride(0), stride_grad_t=grad_out.stride(1),
+        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+        n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
+        scale=plan.scale,
+    )  # fmt: skip

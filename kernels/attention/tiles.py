@@ -1,9 +1,11 @@
-"""Device functions that all attention kernels share: tiles of rows in and out of memory, rotation, masks.
+"""What all attention kernels share: tiles of rows in and out of memory, rotation, masks, how registers are passed.
 
 A tile is BLOCK rows by BLOCK_D channels; BLOCK_D is a power of two and at least 16 (what `tl.dot` takes), channels past
 HEAD_DIM are loaded as zeros and not stored. Base pointers are advanced in int64, offsets inside a tile are int32.
 Rows of the whole sequence count registers first: row i < R is register i, row R + t is token t; a row is a position.
 """
+
+from torch import Tensor
 
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
@@ -85,3 +87,14 @@ def visible(
             near = near | (offs_k < n_registers)[None, :] | (offs_q < n_registers)[:, None]
         mask = mask & near
     return mask
+
+
+def register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> dict:
+    """The registers' pointer and strides (0 from batch to batch if all share them); qkv stands in if there are none."""
+    if register_qkv is None:
+        return {"register_ptr": qkv, "stride_register_b": 0, "stride_register_r": 0}
+    return {
+        "register_ptr": register_qkv,
+        "stride_register_b": register_qkv.stride(0) if register_qkv.shape[0] > 1 else 0,
+        "stride_register_r": register_qkv.stride(1),
+    }

@@ -1,4 +1,4 @@
-"""Operators of `fastblocks.functional.convnext_mlp`: Linear, exact GELU, Linear, residual, back to channels first.
+"""The operator of `fastblocks.functional.convnext_mlp`: Linear, exact GELU, Linear, residual, back to channels first.
 
     pre = x W1ᵀ + b1,   hidden = pre · Φ(pre),   y[b, :, s] = hidden W2ᵀ + b2 + residual[b, :, s]
 
@@ -7,25 +7,28 @@ x (B, *sizes, C), y and the residual (B, C_out, *sizes). Two ways, by size and d
 - Up to FUSED_CHANNELS channels in 16 bits: the kernels of `mlp`; only x is kept for backward, which is theirs too
   up to FUSED_BACKWARD_CHANNELS and the library's, with pre computed again, above.
 - Above, and in float32 (where the library's products follow torch's own TF32 switch): the library multiplies, and a
-  kernel adds bias and residual while it transposes. Kept: x and pre, 2·(C + F) bytes a position, or x alone
-  (`recompute=True`: 17 % more FLOPs). Backward: one kernel transposes dy and sums db2; one computes hidden and d pre
+  kernel adds bias and residual while it transposes. Kept: x and pre, 2·(C + F) bytes a position.
+  Backward: one kernel transposes dy and sums db2; one computes hidden and d pre
   together, d pre over d hidden in place, and sums db1; three or four products.
 
 Products are rounded to `dtype` (autocast's, where that is on); y has the promoted dtype of `dtype` and the residual.
 """
 
-import sys
-from collections.abc import Iterator
+import math
 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import reduce, runtime
+from fastblocks.eager import convnext as eager
+from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config, mlp
-from fastblocks.kernels.launch import CompileCase
-from fastblocks.kernels.recording import recorded
+from fastblocks.kernels.launch import launch
+from fastblocks.kernels.numerics import round_to
+from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
+
+__all__ = ["convnext_mlp", "unsupported_reason"]
 
 # Where the hidden units stay on the chip. Bytes: 10C a position instead of 54C; at 128 channels the products still
 # take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
@@ -40,6 +43,7 @@ def _finish_kernel(
     residual_ptr,
     y_ptr,
     S,
+    blocks_s,
     stride_residual_b,
     stride_residual_c,
     stride_residual_s,
@@ -48,8 +52,9 @@ def _finish_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
+    """y = product + bias + residual, transposed to channels first. grid (B · blocks of S, blocks of C)."""
+    batch = (tl.program_id(0) // blocks_s).to(tl.int64)
+    offs_s = tl.program_id(0) % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask_c = offs_c < C
     mask = (offs_s < S)[:, None] & mask_c[None, :]
@@ -60,7 +65,7 @@ def _finish_kernel(
         residual = tl.load(residual_ptr + batch * stride_residual_b + offs, mask=mask, other=0.0)
         y += residual.to(tl.float32)
     offs = (batch * C + offs_c)[None, :] * S + offs_s[:, None]
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -78,6 +83,7 @@ def _to_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """grad_y as rows, and a slab's sum over positions. grid (slabs, blocks of C)."""
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask_c = offs_c < C
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -89,7 +95,7 @@ def _to_rows_kernel(
         grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0)
         total += grad.to(tl.float32)
         offs = (batch * S + offs_s)[:, None] * C + offs_c[None, :]
-        tl.store(rows_ptr + offs, grad.to(rows_ptr.dtype.element_ty), mask=mask)
+        tl.store(rows_ptr + offs, round_to(grad, rows_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + tl.program_id(0) * C + offs_c, tl.sum(total, axis=0), mask=mask_c)
 
 
@@ -106,6 +112,7 @@ def _grad_activation_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
+    """The hidden units again; the gradient of pre in the place of theirs; a slab's sum. grid (slabs, blocks of F)."""
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
     total = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
@@ -117,19 +124,22 @@ def _grad_activation_kernel(
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         hidden, grad_pre, _ = mlp._activate_backward(pre, pre, grad, ACTIVATION, EXACT)
         total += grad_pre
-        tl.store(hidden_ptr + offs, hidden.to(hidden_ptr.dtype.element_ty), mask=mask)
-        tl.store(grad_ptr + offs, grad_pre.to(grad_ptr.dtype.element_ty), mask=mask)
+        tl.store(hidden_ptr + offs, round_to(hidden, hidden_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_ptr + offs, round_to(grad_pre, grad_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=mask_f)
 
 
-def unsupported_reason(x: Tensor, *others: Tensor | None) -> str:
+def unsupported_reason(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, residual: Tensor | None
+) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
-    for tensor in others:
+    parameters = (weight1, bias1, weight2, bias2)
+    for tensor in (*parameters, residual):
         if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"no kernel for {str(tensor.dtype).removeprefix('torch.')} beside x"
         if tensor is not None and tensor.device != x.device:
             return f"parameters on {tensor.device}, input on {x.device}"
-    if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != x.dtype for t in others[:4]):
+    if not torch.is_autocast_enabled(x.device.type) and any(t.dtype != x.dtype for t in parameters):
         return "x and the parameters have different dtypes"
     return ""
 
@@ -138,84 +148,115 @@ def _is_fused(x: Tensor, weight2: Tensor, dtype: torch.dtype, limit: int) -> boo
     return dtype != torch.float32 and max(x.shape[-1], weight2.shape[0]) <= limit
 
 
-def _y_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
-    return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
-
-
-def _forward(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
-    batch, c_out, sizes = x.shape[0], weight2.shape[0], x.shape[1:-1]
-    y = torch.empty((batch, c_out, *sizes), dtype=_y_dtype(dtype, residual), device=x.device)
-    fused = _is_fused(x, weight2, dtype, FUSED_CHANNELS)
-    pre = x.new_empty(0, dtype=dtype)
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    flat_y = y.view(batch, c_out, -1)
-    residual = None if residual is None else residual.reshape(batch, c_out, -1)
-    if fused:
-        mlp.fused_forward(
-            rows, _operand(weight1, dtype), bias1, None, _operand(weight2, dtype), bias2, residual, flat_y, "gelu"
-        )
-        return y, pre
-    hidden = torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t())
-    if keep:
-        pre, hidden = hidden, torch.nn.functional.gelu(hidden)
-    else:
-        hidden = torch.nn.functional.gelu(hidden)
-    product = torch.mm(hidden, weight2.to(dtype).t())
-    positions, launch = flat_y.shape[2], config.transposing(c_out)
-    strides = (0, 0, 0) if residual is None else residual.stride()
-    _finish_kernel[(-(-positions // launch["BLOCK_S"]), -(-c_out // launch["BLOCK_C"]), batch)](
-        product_ptr=product,
-        bias_ptr=bias2,
-        residual_ptr=residual,
-        y_ptr=y,
-        S=positions,
-        stride_residual_b=strides[0],
-        stride_residual_c=strides[1],
-        stride_residual_s=strides[2],
-        C=c_out,
-        HAS_RESIDUAL=residual is not None,
-        **launch.keywords(),
+def _outputs(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
+    y_dtype = dtype if residual is None else torch.promote_types(dtype, residual.dtype)
+    kept = keep and not _is_fused(x, weight2, dtype, FUSED_CHANNELS)
+    return (
+        x.new_empty((x.shape[0], weight2.shape[0], *x.shape[1:-1]), dtype=y_dtype),
+        x.new_empty((math.prod(x.shape[:-1]), weight1.shape[0]) if kept else (0,), dtype=dtype),
     )
-    return y, pre
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C) in memory of that layout: the kernels read rows that follow one another."""
+    return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
 def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.to(dtype).contiguous()
 
 
-def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, need_weights):
+def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
+    y, pre = outputs
+    batch, c_out, rows = y.shape[0], y.shape[1], _rows(x, dtype)
+    flat_y, bias2 = y.view(batch, c_out, -1), bias2.contiguous()
+    residual = None if residual is None else residual.reshape(batch, c_out, -1)
+    if _is_fused(x, weight2, dtype, FUSED_CHANNELS):
+        weights = _operand(weight1, dtype), bias1.contiguous(), None, _operand(weight2, dtype), bias2
+        mlp.fused_forward(rows, *weights, residual, flat_y, "gelu")
+        return
+    if not keep:
+        pre = pre.new_empty((rows.shape[0], weight1.shape[0]))
+    torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t(), out=pre)
+    product = torch.mm(torch.nn.functional.gelu(pre), weight2.to(dtype).t())
+    positions, chosen = flat_y.shape[2], config.transposing(c_out)
+    blocks_s = triton.cdiv(positions, chosen["BLOCK_S"])
+    strides = (0, 0, 0) if residual is None else residual.stride()
+    launch(
+        _finish_kernel,
+        (batch * blocks_s, triton.cdiv(c_out, chosen["BLOCK_C"])),
+        chosen,
+        like=x,
+        product_ptr=product,
+        bias_ptr=bias2,
+        residual_ptr=residual,
+        y_ptr=y,
+        S=positions,
+        blocks_s=blocks_s,
+        stride_residual_b=strides[0],
+        stride_residual_c=strides[1],
+        stride_residual_s=strides[2],
+        C=c_out,
+        HAS_RESIDUAL=residual is not None,
+    )
+
+
+def _backward(grads, needs, x, weight1, bias1, weight2, bias2, residual, dtype, pre):
+    (grad_y,) = grads
+    grad_residual = grad_y.to(residual.dtype).contiguous() if needs[5] else None
+    need_x, need_weights = needs[0], any(needs[1:5])
+    if not (need_x or need_weights):
+        return (None,) * 5 + (grad_residual,)
     batch, c_out = grad_y.shape[:2]
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    grad_y = grad_y.reshape(batch, c_out, -1)
+    rows, grad_y = _rows(x, dtype), grad_y.reshape(batch, c_out, -1)
     parameters = (weight1, bias1, weight2, bias2)
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in parameters if need_weights]
     if _is_fused(x, weight2, dtype, FUSED_BACKWARD_CHANNELS):
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if need_x else None
+        found = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in parameters] if need_weights else None
         mlp.fused_backward(
             grad_y,
             rows,
             _operand(weight1, dtype),
-            bias1,
+            bias1.contiguous(),
             None,
             _operand(weight2, dtype),
             grad_x.view(rows.shape) if need_x else None,
-            [grads[i] for i in (0, 2, 1, 3)] if need_weights else None,
+            [found[i] for i in (0, 2, 1, 3)] if need_weights else None,
             "gelu",
         )
-        return grad_x, *(grads or [x.new_empty(0) for _ in range(4)])
-    n_rows, hidden_units = rows.shape[0], weight1.shape[0]
-    positions = grad_y.shape[2]
+        return grad_x, *(found or [None] * 4), grad_residual
     if not pre.numel():
         pre = torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t())
-    grad_rows = torch.empty((n_rows, c_out), dtype=dtype, device=x.device)
-    launch = config.transposing(c_out)
-    blocks_s, blocks_c = -(-positions // launch["BLOCK_S"]), -(-c_out // launch["BLOCK_C"])
-    slabs = config.slabs(runtime.multiprocessors(x.device), batch * blocks_s, blocks_c)
-    partial2 = torch.empty((slabs, c_out), dtype=torch.float32, device=x.device)
-    _to_rows_kernel[(slabs, blocks_c)](
+    grad_rows, partial2 = _to_rows(grad_y, dtype)
+    grad_pre = torch.mm(grad_rows, weight2.to(dtype))
+    hidden, partial1 = _through_activation(pre, grad_pre)
+    grad_x = torch.mm(grad_pre, weight1.to(dtype)).view(x.shape).to(x.dtype) if need_x else None
+    if not need_weights:
+        return (grad_x,) + (None,) * 4 + (grad_residual,)
+    grad_biases = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (bias1, bias2)]
+    sum_rows(partial1, [grad_biases[0]])
+    sum_rows(partial2, [grad_biases[1]])
+    grad_weight1 = torch.mm(grad_pre.t(), rows).to(weight1.dtype)
+    grad_weight2 = torch.mm(grad_rows.t(), hidden).to(weight2.dtype)
+    return grad_x, grad_weight1, grad_biases[0], grad_weight2, grad_biases[1], grad_residual
+
+
+def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """grad_y (B, C_out, S) by strides as rows (B·S, C_out), and partial sums of its columns."""
+    batch, c_out, positions = grad_y.shape
+    rows = torch.empty((batch * positions, c_out), dtype=dtype, device=grad_y.device)
+    chosen = config.transposing(c_out)
+    blocks_s, blocks_c = triton.cdiv(positions, chosen["BLOCK_S"]), triton.cdiv(c_out, chosen["BLOCK_C"])
+    slabs = config.slabs(runtime.multiprocessors(grad_y.device), batch * blocks_s, blocks_c)
+    partial = torch.empty((slabs, c_out), dtype=torch.float32, device=grad_y.device)
+    launch(
+        _to_rows_kernel,
+        (slabs, blocks_c),
+        chosen,
+        like=grad_y,
         grad_y_ptr=grad_y,
-        rows_ptr=grad_rows,
-        partial_ptr=partial2,
+        rows_ptr=rows,
+        partial_ptr=partial,
         S=positions,
         blocks_s=blocks_s,
         n_tiles=batch * blocks_s,
@@ -223,140 +264,52 @@ def _backward(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, nee
         stride_grad_y_c=grad_y.stride(1),
         stride_grad_y_s=grad_y.stride(2),
         C=c_out,
-        **launch.keywords(),
     )
-    grad_pre = torch.mm(grad_rows, weight2.to(dtype))
-    hidden = torch.empty_like(grad_pre)
-    launch = config.pointwise(hidden_units)
-    blocks_f = -(-hidden_units // launch["BLOCK_F"])
-    slabs = config.slabs(runtime.multiprocessors(x.device), -(-n_rows // launch["BLOCK_M"]), blocks_f)
-    partial1 = torch.empty((slabs, hidden_units), dtype=torch.float32, device=x.device)
-    _grad_activation_kernel[(slabs, blocks_f)](
+    return rows, partial
+
+
+def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden units, and partial sums of the gradient of pre, which takes the place of `grad`, the hidden units'."""
+    n_rows, hidden_units = pre.shape
+    hidden = torch.empty_like(grad)
+    chosen = config.pointwise(hidden_units)
+    blocks_f = triton.cdiv(hidden_units, chosen["BLOCK_F"])
+    slabs = config.slabs(runtime.multiprocessors(pre.device), triton.cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
+    partial = torch.empty((slabs, hidden_units), dtype=torch.float32, device=pre.device)
+    launch(
+        _grad_activation_kernel,
+        (slabs, blocks_f),
+        chosen,
+        like=pre,
         pre_ptr=pre,
-        grad_ptr=grad_pre,
+        grad_ptr=grad,
         hidden_ptr=hidden,
-        partial_ptr=partial1,
+        partial_ptr=partial,
         n_rows=n_rows,
         F=hidden_units,
         ACTIVATION="gelu",
-        EXACT=dtype == torch.float32,
-        **launch.keywords(),
+        EXACT=pre.dtype == torch.float32,
     )
-    grad_x = torch.mm(grad_pre, weight1.to(dtype)).view(x.shape).to(x.dtype) if need_x else x.new_empty(0)
-    if not need_weights:
-        return grad_x, *(x.new_empty(0) for _ in range(4))
-    sum_rows(partial1, [grads[1]])
-    sum_rows(partial2, [grads[3]])
-    grad_weight1 = torch.mm(grad_pre.t(), rows).to(weight1.dtype)
-    grad_weight2 = torch.mm(grad_rows.t(), hidden).to(weight2.dtype)
-    return grad_x, grad_weight1, grads[1], grad_weight2, grads[3]
+    return hidden, partial
 
 
-_LIBRARY = torch.library.Library("fastblocks", "FRAGMENT")
-_LIBRARY.define(
-    "convnext_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? residual, "
-    "ScalarType dtype, bool keep) -> (Tensor, Tensor)"
+def _formula(x, weight1, bias1, weight2, bias2, residual, dtype):
+    return eager.convnext_mlp(x, weight1, bias1, weight2, bias2, residual)
+
+
+_operator = Operator(
+    "convnext_mlp",
+    "(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? residual, ScalarType dtype, "
+    "bool keep) -> (Tensor y, Tensor pre)",
+    results=1,
+    outputs=_outputs,
+    forward=_forward,
+    saved=("pre",),
+    backward=_backward,
+    formula=_formula,
 )
-_LIBRARY.define(
-    "convnext_mlp_backward(Tensor grad_y, Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "Tensor pre, ScalarType dtype, bool need_x, bool need_weights) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-for _device in ("CPU", "CUDA"):  # the CPU's is the interpreter's
-    _LIBRARY.impl("convnext_mlp", _forward, _device)
-    _LIBRARY.impl("convnext_mlp_backward", _backward, _device)
 
 
-@torch.library.register_fake("fastblocks::convnext_mlp", lib=_LIBRARY)
-def _(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
-    y = x.new_empty((x.shape[0], weight2.shape[0], *x.shape[1:-1]), dtype=_y_dtype(dtype, residual))
-    kept = keep and not _is_fused(x, weight2, dtype, FUSED_CHANNELS)
-    return y, x.new_empty((x.numel() // x.shape[-1], weight1.shape[0]) if kept else (0,), dtype=dtype)
-
-
-@torch.library.register_fake("fastblocks::convnext_mlp_backward", lib=_LIBRARY)
-def _(grad_y, x, weight1, bias1, weight2, bias2, pre, dtype, need_x, need_weights):
-    grad_x = x.new_empty(x.shape if need_x else (0,))
-    parameters = (weight1, bias1, weight2, bias2)
-    return grad_x, *(t.new_empty(t.shape) if need_weights else x.new_empty(0) for t in parameters)
-
-
-_forward_op = torch.ops.fastblocks.convnext_mlp.default
-_backward_op = torch.ops.fastblocks.convnext_mlp_backward.default
-
-
-class _ConvNeXtMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
-        with torch._C._AutoDispatchBelowAutograd():
-            y, pre = _forward_op(x, weight1, bias1, weight2, bias2, residual, dtype, keep)
-        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, pre, residual if ctx.needs_input_grad[5] else None)
-        ctx.dtype = dtype
-        ctx.mark_non_differentiable(pre)
-        ctx.set_materialize_grads(False)
-        return y, pre
-
-    @staticmethod
-    def backward(ctx, grad_y, _):
-        if grad_y is None:
-            return (None,) * 8
-        *inputs, pre, residual = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody will differentiate the gradient
-            return (*_differentiable_backward(grad_y, [*inputs, residual], need, ctx.dtype), None, None)
-        grads = (None,) * 5
-        if any(need[:5]):
-            grads = _backward_op(grad_y, *inputs, pre, ctx.dtype, need[0], any(need[1:5]))
-        grad_residual = grad_y.to(residual.dtype) if need[5] else None
-        return (*(g if wanted else None for g, wanted in zip(grads, need, strict=False)), grad_residual, None, None)
-
-
-def _differentiable_backward(grad_y, inputs, need, dtype):
-    from fastblocks.eager.convnext import convnext_mlp as formula
-
-    x = inputs[0]
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=dtype != x.dtype):
-        y = formula(*inputs)
-        wanted = [t for t, n in zip(inputs, need, strict=False) if n]
-        grads = iter(torch.autograd.grad(y, wanted, grad_y.to(y.dtype), create_graph=True))
-    return tuple(next(grads) if n else None for n in need[:6])
-
-
-def _autograd(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
-    tensors = (x, weight1, bias1, weight2, bias2, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _ConvNeXtMLP.apply(*tensors, dtype, keep)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op(*tensors, dtype, keep)
-
-
-_LIBRARY.impl("convnext_mlp", _autograd, "Autograd")
-
-
-def convnext_mlp(x, weight1, bias1, weight2, bias2, residual, recompute: bool = False) -> Tensor:
-    """The functional operation on kernels; `recompute` keeps x alone for backward, at any size."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    tensors = (x, weight1, bias1, weight2, bias2, residual)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _forward_op(*tensors, dtype, needed and not recompute)[0]
-
-
-def aot_cases(architecture: str = "sm_90") -> Iterator[CompileCase]:
-    """Every kernel of the standard workloads, as it would be launched, forward and backward."""
-    shapes = {"cnx-1d": (16, 1000, 512)}
-    for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8)):
-        shapes[f"cnx-2d C {channels}"] = (4, height, width, channels)
-    for dtype in (torch.bfloat16, torch.float32):
-        for name, shape in shapes.items():
-
-            def run(shape=shape, dtype=dtype):
-                batch, *sizes, channels = shape
-                x = torch.empty(shape, dtype=dtype, device="meta")
-                residual = torch.empty((batch, channels, *sizes), device="meta")
-                parameters = [torch.empty(n, device="meta") for n in ((4 * channels, channels), (4 * channels,))]
-                parameters += [torch.empty(n, device="meta") for n in ((channels, 4 * channels), (channels,))]
-                y, pre = _forward(x, *parameters, residual, dtype, True)
-                _backward(y, x, *parameters, pre, dtype, True, True)
-
-            label = f"{name} {str(dtype).removeprefix('torch.')}"
-            yield from recorded(architecture, label, (mlp, reduce, sys.modules[__name__]), run)
+def convnext_mlp(x, weight1, bias1, weight2, bias2, residual) -> Tensor:
+    """`fastblocks.functional.convnext_mlp` for what `unsupported_reason` lets through."""
+    return _operator(x, weight1, bias1, weight2, bias2, residual, compute_dtype(x))[0]

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config
+from fastblocks.kernels.launch import launch
+from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
 # More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
@@ -125,7 +127,6 @@ def _conv_kernel(
     TRANSPOSED: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     KEEP: tl.constexpr,
     TAPS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -238,12 +239,10 @@ def _conv_kernel(
         offs = rows[None, :, :] * C + offs_c[:, None, None]
         if KEEP:
             tl.store(rstd_ptr + rows, rstd, mask=mask_q)
-        if HAS_AFFINE:
-            if KEEP:
-                tl.store(normalized_ptr + offs, u.to(normalized_ptr.dtype.element_ty), mask=mask)
-            norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-            u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
+            tl.store(normalized_ptr + offs, round_to(u, normalized_ptr.dtype.element_ty), mask=mask)
+        norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
     else:
         y_ptr += batch * stride_y_b
         if INDEX_INT64:
@@ -251,7 +250,7 @@ def _conv_kernel(
             offs = offs_y + (offs_c.to(tl.int64) * stride_y_c)[:, None, None]
         else:
             offs = (h * stride_y_h + w * stride_y_w)[None, :, :] + (offs_c * stride_y_c)[:, None, None]
-    tl.store(y_ptr + offs, u.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, round_to(u, y_ptr.dtype.element_ty), mask=mask)
 
 
 def vector_of(x: Tensor, aligned_width: int) -> int:
@@ -290,7 +289,7 @@ def convolve(
     height_out, width_out = y.shape[2:]
     gaps = stride if transposed else (1, 1)
     vector = vector_of(x, width) if stride == (1, 1) else 1
-    launch = config.depthwise_conv(
+    chosen = config.depthwise_conv(
         runtime.architecture(x.device),
         runtime.multiprocessors(x.device),
         batch=batch,
@@ -301,10 +300,14 @@ def convolve(
         strided=stride != (1, 1),
         all_channels=normalize,
     )
-    blocks_h = -(-height_out // (gaps[0] * launch["BLOCK_H"]))
-    blocks_w = -(-width_out // (gaps[1] * launch["BLOCK_W"] * launch["RUN"]))
-    grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // launch["BLOCK_C"]))
-    _conv_kernel[grid](
+    blocks_h = -(-height_out // (gaps[0] * chosen["BLOCK_H"]))
+    blocks_w = -(-width_out // (gaps[1] * chosen["BLOCK_W"] * chosen["RUN"]))
+    grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // chosen["BLOCK_C"]))
+    launch(
+        _conv_kernel,
+        grid,
+        chosen,
+        like=x,
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -338,12 +341,10 @@ def convolve(
         TRANSPOSED=transposed,
         NORMALIZE=normalize,
         HAS_BIAS=bias is not None,
-        HAS_AFFINE=norm_weight is not None,
         KEEP=rstd is not None,
         TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
         VECTOR=vector,
         INDEX_INT64=max(span(x), span(y)) >= 2**31,
-        **launch.keywords(),
     )
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config
 from fastblocks.kernels.convnext.depthwise import _pack, _unpack, convolve, span, vector_of
+from fastblocks.kernels.launch import launch
+from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
 # Taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 a thread are 64 registers.
@@ -37,16 +39,14 @@ def _norm_backward_kernel(
     partial_ptr,
     n_rows,
     C: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    if HAS_AFFINE:
-        norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-        sum_weight = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-        sum_bias = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    sum_weight = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    sum_bias = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     sum_u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M
@@ -56,20 +56,18 @@ def _norm_backward_kernel(
         grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
         normalized = tl.load(normalized_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
-        if HAS_AFFINE:
-            sum_weight += grad * normalized
-            sum_bias += grad
-            grad *= norm_weight
+        sum_weight += grad * normalized
+        sum_bias += grad
+        grad *= norm_weight
         mean = tl.sum(grad, axis=1)[:, None] / C
         slope = tl.sum(grad * normalized, axis=1)[:, None] / C
         grad_u = tl.where(mask_c[None, :], (grad - mean - normalized * slope) * rstd, 0.0)
         sum_u += grad_u  # rows beyond the last have rstd 0
-        tl.store(grad_u_ptr + offs, grad_u.to(grad_u_ptr.dtype.element_ty), mask=mask)
+        tl.store(grad_u_ptr + offs, round_to(grad_u, grad_u_ptr.dtype.element_ty), mask=mask)
     partial_ptr += tl.program_id(0) * 3 * C + offs_c
+    tl.store(partial_ptr, tl.sum(sum_weight, axis=0), mask=mask_c)
+    tl.store(partial_ptr + C, tl.sum(sum_bias, axis=0), mask=mask_c)
     tl.store(partial_ptr + 2 * C, tl.sum(sum_u, axis=0), mask=mask_c)
-    if HAS_AFFINE:
-        tl.store(partial_ptr, tl.sum(sum_weight, axis=0), mask=mask_c)
-        tl.store(partial_ptr + C, tl.sum(sum_bias, axis=0), mask=mask_c)
 
 
 @triton.jit
@@ -222,7 +220,9 @@ def _grad_weight_kernel(
             else:
                 offs = h[:, None] * stride_grad_x_h + w * stride_grad_x_w
                 offs = offs[None, :, :] + (offs_c * stride_grad_x_c)[:, None, None]
-            tl.store(grad_x_ptr + batch * stride_grad_x_b + offs, total.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(
+                grad_x_ptr + batch * stride_grad_x_b + offs, round_to(total, grad_x_ptr.dtype.element_ty), mask=mask
+            )
 
     partial_ptr += ((((phase_h * GAP_W + phase_w) * n_slabs + slab) * ALL_TAPS_H + tap_h) * ALL_TAPS_W + tap_w) * C
     for j in tl.static_range(TAPS):
@@ -245,7 +245,6 @@ def _sum_slabs_kernel(
     GAP_H: tl.constexpr,
     GAP_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -280,15 +279,16 @@ def _sum_slabs_kernel(
         total += tl.load(source_ptr + slabs[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
     result = tl.sum(total, axis=0)
     if column < TAPS:
-        tl.store(grad_weight_ptr + offs_c * TAPS + column, result.to(grad_weight_ptr.dtype.element_ty), mask=mask_c)
-    if HAS_AFFINE:
-        if column == TAPS:
-            tl.store(grad_norm_weight_ptr + offs_c, result.to(grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
-        if column == TAPS + 1:
-            tl.store(grad_norm_bias_ptr + offs_c, result.to(grad_norm_bias_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(
+            grad_weight_ptr + offs_c * TAPS + column, round_to(result, grad_weight_ptr.dtype.element_ty), mask=mask_c
+        )
+    if column == TAPS:
+        tl.store(grad_norm_weight_ptr + offs_c, round_to(result, grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
+    if column == TAPS + 1:
+        tl.store(grad_norm_bias_ptr + offs_c, round_to(result, grad_norm_bias_ptr.dtype.element_ty), mask=mask_c)
     if HAS_BIAS:  # a constexpr: without one there is nothing to store to
         if column == TAPS + 2:
-            tl.store(grad_bias_ptr + offs_c, result.to(grad_bias_ptr.dtype.element_ty), mask=mask_c)
+            tl.store(grad_bias_ptr + offs_c, round_to(result, grad_bias_ptr.dtype.element_ty), mask=mask_c)
 
 
 def backward(
@@ -315,10 +315,14 @@ def backward(
     architecture, multiprocessors = runtime.architecture(x.device), runtime.multiprocessors(x.device)
 
     rows = rstd.numel()
-    launch, programs = config.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
+    chosen, programs = config.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
     grad_u = torch.empty_like(grad_y)
     norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
-    _norm_backward_kernel[(programs,)](
+    launch(
+        _norm_backward_kernel,
+        (programs,),
+        chosen,
+        like=x,
         grad_y_ptr=grad_y,
         normalized_ptr=normalized,
         rstd_ptr=rstd,
@@ -327,8 +331,6 @@ def backward(
         partial_ptr=norm_partial,
         n_rows=rows,
         C=channels,
-        HAS_AFFINE=norm_weight is not None,
-        **launch.keywords(),
     )
 
     gaps = (1, 1) if transposed else stride
@@ -337,7 +339,7 @@ def backward(
     parts = gaps[0] * gaps[1] * taps_h * -(-taps_w // taps)
     vector = vector_of(x, width) if gaps[1] == 1 else 1
     fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
-    launch, slabs = config.grad_weight(
+    chosen, slabs = config.grad_weight(
         architecture,
         multiprocessors,
         batch=batch,
@@ -346,14 +348,18 @@ def backward(
         parts=parts,
         fused=fused,
     )
-    vector = launch["RUN"] if vector >= launch["RUN"] else 1
+    vector = chosen["RUN"] if vector >= chosen["RUN"] else 1
     grad_x_strides = grad_x.stride() if fused else (0, 0, 0, 0)
-    blocks_h = -(-height // (gaps[0] * launch["BLOCK_H"]))
-    blocks_w = -(-width // (gaps[1] * launch["BLOCK_W"] * launch["RUN"]))
+    blocks_h = -(-height // (gaps[0] * chosen["BLOCK_H"]))
+    blocks_w = -(-width // (gaps[1] * chosen["BLOCK_W"] * chosen["RUN"]))
     weight_partial = torch.empty(
         (gaps[0] * gaps[1], slabs, taps_h * taps_w, channels), dtype=torch.float32, device=x.device
     )
-    _grad_weight_kernel[(parts * slabs, -(-channels // launch["BLOCK_C"]))](
+    launch(
+        _grad_weight_kernel,
+        (parts * slabs, triton.cdiv(channels, chosen["BLOCK_C"])),
+        chosen,
+        like=x,
         x_ptr=x,
         grad_u_ptr=grad_u,
         weight_ptr=weight,
@@ -385,7 +391,6 @@ def backward(
         GRAD_X=fused,
         VECTOR=vector,
         INDEX_INT64=max(span(x), height_out * width_out * channels) >= 2**31,
-        **launch.keywords(),
     )
     if grad_x is not None and not fused:
         convolve(
@@ -404,8 +409,12 @@ def backward(
             normalize=False,
         )
 
-    launch = config.sum_slabs(channels)
-    _sum_slabs_kernel[(kernel[0] * kernel[1] + 3, -(-channels // launch["BLOCK_C"]))](
+    chosen = config.sum_slabs(channels)
+    launch(
+        _sum_slabs_kernel,
+        (kernel[0] * kernel[1] + 3, triton.cdiv(channels, chosen["BLOCK_C"])),
+        chosen,
+        like=x,
         weight_partial_ptr=weight_partial,
         norm_partial_ptr=norm_partial,
         grad_weight_ptr=grad_weight,
@@ -420,7 +429,5 @@ def backward(
         GAP_H=gaps[0],
         GAP_W=gaps[1],
         TRANSPOSED=transposed,
-        HAS_AFFINE=norm_weight is not None,
         HAS_BIAS=grad_bias is not None,
-        **launch.keywords(),
     )

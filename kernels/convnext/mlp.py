@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config
-from fastblocks.kernels.numerics import dot
+from fastblocks.kernels.launch import launch
+from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
 
@@ -125,7 +126,7 @@ def _mlp_forward_kernel(
             up = dot(x, tl.load(weight3_ptr + offs_1, mask=mask_1, other=0.0), "ieee")
         else:
             up = pre
-        hidden = _activate(pre, up, ACTIVATION, EXACT).to(x.dtype)
+        hidden = round_to(_activate(pre, up, ACTIVATION, EXACT), x.dtype)
         offs_2 = offs_o[None, :] * F + offs_f[:, None]  # [BLOCK_F, BLOCK_O]
         weight2 = tl.load(weight2_ptr + offs_2, mask=mask_f[:, None] & mask_o[None, :], other=0.0)
         y = dot(hidden, weight2, "ieee", y)
@@ -142,7 +143,7 @@ def _mlp_forward_kernel(
         y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     y_ptr += batch * stride_y_b + start_s * stride_y_s
     offs = offs_m[:, None] * stride_y_s + offs_o[None, :] * stride_y_c
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def _mlp_grad_x_kernel(
     else:
         offs_y = offs_m[:, None] * stride_grad_y_s + offs_o[None, :] * stride_grad_y_c
     grad_y = tl.load(grad_y_ptr + offs_y, mask=mask_s[:, None] & mask_o[None, :], other=0.0)
-    grad_y = grad_y.to(x.dtype)  # [BLOCK_M, BLOCK_O]
+    grad_y = round_to(grad_y, x.dtype)  # [BLOCK_M, BLOCK_O]
     grad_x = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for start in range(0, F, BLOCK_F):
         offs_f = start + tl.arange(0, BLOCK_F)
@@ -209,11 +210,11 @@ def _mlp_grad_x_kernel(
         weight2 = tl.load(weight2_ptr + offs_2, mask=mask_o[:, None] & mask_f[None, :], other=0.0)
         grad_hidden = dot(grad_y, weight2, "ieee")
         _, grad_pre, grad_up = _activate_backward(pre, up, grad_hidden, ACTIVATION, EXACT)
-        grad_x = dot(grad_pre.to(x.dtype), weight1, "ieee", grad_x)
+        grad_x = dot(round_to(grad_pre, x.dtype), weight1, "ieee", grad_x)
         if ACTIVATION == "swiglu":
-            grad_x = dot(grad_up.to(x.dtype), weight3, "ieee", grad_x)
+            grad_x = dot(round_to(grad_up, x.dtype), weight3, "ieee", grad_x)
     grad_x_ptr += (batch * S + start_s) * C
-    tl.store(grad_x_ptr + offs_x, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask_x)
+    tl.store(grad_x_ptr + offs_x, round_to(grad_x, grad_x_ptr.dtype.element_ty), mask=mask_x)
 
 
 @triton.jit
@@ -281,7 +282,7 @@ def _mlp_grad_weight_kernel(
         grad_y = tl.load(grad_y_tile_ptr + offs_y, mask=mask_s[:, None] & mask_o[None, :], other=0.0)
         if HAS_BIAS:
             grad_bias2 += tl.sum(grad_y.to(tl.float32), axis=0)
-        grad_y = grad_y.to(x.dtype)  # [BLOCK_M, BLOCK_O]
+        grad_y = round_to(grad_y, x.dtype)  # [BLOCK_M, BLOCK_O]
         pre = dot(x, tl.trans(weight1), "ieee")
         if HAS_BIAS:
             pre += bias1
@@ -293,10 +294,10 @@ def _mlp_grad_weight_kernel(
         hidden, grad_pre, grad_up = _activate_backward(pre, up, grad_hidden, ACTIVATION, EXACT)
         if HAS_BIAS:  # rows beyond the last have a gradient of 0
             grad_bias1 += tl.sum(grad_pre, axis=0)
-        grad_weight2 = dot(tl.trans(grad_y), hidden.to(x.dtype), "ieee", grad_weight2)
-        grad_weight1 = dot(tl.trans(grad_pre.to(x.dtype)), x, "ieee", grad_weight1)
+        grad_weight2 = dot(tl.trans(grad_y), round_to(hidden, x.dtype), "ieee", grad_weight2)
+        grad_weight1 = dot(tl.trans(round_to(grad_pre, x.dtype)), x, "ieee", grad_weight1)
         if ACTIVATION == "swiglu":
-            grad_weight3 = dot(tl.trans(grad_up.to(x.dtype)), x, "ieee", grad_weight3)
+            grad_weight3 = dot(tl.trans(round_to(grad_up, x.dtype)), x, "ieee", grad_weight3)
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     COLUMNS: tl.constexpr = F * C + C_OUT * F + (F * C if GATED else 0) + (F + C_OUT if HAS_BIAS else 0)
     partial_ptr += tl.program_id(1).to(tl.int64) * COLUMNS
@@ -326,12 +327,16 @@ def fused_forward(
 ) -> None:
     """x (N, C), y and residual (B, C_out, S) by strides. Gated where there is a weight3; x and weights in one dtype."""
     batch, c_out, positions = y.shape
-    launch = config.mlp(
+    chosen = config.mlp(
         runtime.architecture(x.device), "forward", x.shape[1], c_out, x.element_size(), weight3 is not None
     )
-    blocks_s = -(-positions // launch["BLOCK_M"])
+    blocks_s = triton.cdiv(positions, chosen["BLOCK_M"])
     strides = (0, 0, 0) if residual is None else residual.stride()
-    _mlp_forward_kernel[(batch * blocks_s,)](
+    launch(
+        _mlp_forward_kernel,
+        (batch * blocks_s,),
+        chosen,
+        like=x,
         x_ptr=x,
         weight1_ptr=weight1,
         bias1_ptr=bias1,
@@ -356,7 +361,6 @@ def fused_forward(
         HAS_BIAS=bias1 is not None,
         HAS_RESIDUAL=residual is not None,
         INDEX_INT64=max(c_out * y.stride(1), c_out * strides[1]) >= 2**31,
-        **launch.keywords(),
     )
 
 
@@ -396,15 +400,23 @@ def fused_backward(
     }
     gated = weight3 is not None
     if grad_x is not None:
-        launch = config.mlp(architecture, "grad_x", channels, c_out, x.element_size(), gated)
-        blocks_s = -(-positions // launch["BLOCK_M"])
-        _mlp_grad_x_kernel[(batch * blocks_s,)](grad_x_ptr=grad_x, blocks_s=blocks_s, **shared, **launch.keywords())
+        chosen = config.mlp(architecture, "grad_x", channels, c_out, x.element_size(), gated)
+        blocks_s = triton.cdiv(positions, chosen["BLOCK_M"])
+        grid = (batch * blocks_s,)
+        launch(_mlp_grad_x_kernel, grid, chosen, like=x, grad_x_ptr=grad_x, blocks_s=blocks_s, **shared)
     if grads is not None:
-        launch = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
-        blocks_s, chunks = -(-positions // launch["BLOCK_M"]), -(-hidden // launch["BLOCK_F"])
+        chosen = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
+        blocks_s, chunks = triton.cdiv(positions, chosen["BLOCK_M"]), triton.cdiv(hidden, chosen["BLOCK_F"])
         slabs = max(1, min(batch * blocks_s, runtime.multiprocessors(x.device) // chunks))
         partial = torch.empty((slabs, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
-        _mlp_grad_weight_kernel[(chunks, slabs)](
-            partial_ptr=partial, blocks_s=blocks_s, n_tiles=batch * blocks_s, **shared, **launch.keywords()
+        launch(
+            _mlp_grad_weight_kernel,
+            (chunks, slabs),
+            chosen,
+            like=x,
+            partial_ptr=partial,
+            blocks_s=blocks_s,
+            n_tiles=batch * blocks_s,
+            **shared,
         )
         sum_rows(partial, grads)

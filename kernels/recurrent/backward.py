@@ -1,11 +1,11 @@
-"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `recurrent` tells the story."""
+"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `operator` tells the story."""
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch
+from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
@@ -27,15 +27,15 @@ from fastblocks.kernels.recurrent.cell import (
 from fastblocks.kernels.recurrent.forward import (
     KEEP_GATES,
     at_least,
-    compile_case,
     forward,
+    outputs,
     precision_of,
     quad_weight,
     sizes_of,
     tile_of,
-    workloads,
 )
 from fastblocks.kernels.recurrent.weights import weight_gradients
+from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
 
 
@@ -252,10 +252,6 @@ def _grouped_rnn_backward_kernel(
         store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
 
 
-def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(table.time_loop(units, lstm, True, fused, dtype == torch.float32))
-
-
 def backward(
     grad_y: Tensor | None,
     grad_h_last: Tensor | None,
@@ -270,18 +266,19 @@ def backward(
     y: Tensor,
     gates: Tensor,
     cell: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, y.dtype)
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes; None of a None."""
     dtype = y.dtype
-    grad_y = torch.zeros_like(y) if grad_y is None else grad_y.contiguous()
-    again = gates.numel() == 0
-    if again and not fused:
-        *_, gates, cell = forward(
-            x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype=dtype, keep=KEEP_GATES
-        )
-        again = False
+    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+    recompute = gates.numel() == 0
+    if recompute and not fused:
+        again = outputs(x, weight_ih, weight_hh, bias_ih, dtype, KEEP_GATES)
+        forward(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, *again)
+        *_, gates, cell = again
+        recompute = False
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
+    config = at_least(table.time_loop(tile["PACK"] * tile["UNITS"], lstm, True, fused, dtype == torch.float32))
     tiles = triton.cdiv(batch, config["BLOCK_B"])
     grad_x = grad_sums = partial = None
     if fused:
@@ -291,66 +288,54 @@ def backward(
         grad_sums = torch.empty_like(gates)
     grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
     grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
-    with torch.cuda.device_of(x):
-        _grouped_rnn_backward_kernel[(groups // tile["PACK"] * directions * tiles,)](
-            grad_y_ptr=grad_y,
-            grad_h_last_ptr=grad_h_last,
-            grad_c_last_ptr=grad_c_last,
-            x_ptr=x,
-            weight_ih_ptr=weight_ih,
-            weight_hh_ptr=weight_hh,
-            h_first_ptr=h_first,
-            c_first_ptr=c_first,
-            gates_ptr=None if again else gates.view(torch.int64),
-            cell_ptr=cell if cell.numel() else None,
-            y_ptr=y,
-            grad_x_ptr=grad_x,
-            grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
-            partial_ptr=partial,
-            grad_h_first_ptr=grad_h_first,
-            grad_c_first_ptr=grad_c_first,
-            batch=batch,
-            length=length,
-            groups=groups,
-            partial_size=0 if partial is None else partial.shape[1],
-            DIRECTIONS=directions,
-            LSTM=lstm,
-            FUSED=fused,
-            **tile,
-            **precision_of(dtype),
-            STAGES=config.num_stages,
-            **config.keywords(),
-        )
+    launch(
+        _grouped_rnn_backward_kernel,
+        (groups // tile["PACK"] * directions * tiles,),
+        config,
+        like=x,
+        grad_y_ptr=grad_y,
+        grad_h_last_ptr=grad_h_last,
+        grad_c_last_ptr=grad_c_last,
+        x_ptr=x,
+        weight_ih_ptr=weight_ih,
+        weight_hh_ptr=weight_hh,
+        h_first_ptr=h_first,
+        c_first_ptr=c_first,
+        gates_ptr=None if recompute else gates.view(torch.int64),
+        cell_ptr=cell if cell.numel() else None,
+        y_ptr=y,
+        grad_x_ptr=grad_x,
+        grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
+        partial_ptr=partial,
+        grad_h_first_ptr=grad_h_first,
+        grad_c_first_ptr=grad_c_first,
+        batch=batch,
+        length=length,
+        groups=groups,
+        partial_size=0 if partial is None else partial.shape[1],
+        DIRECTIONS=directions,
+        LSTM=lstm,
+        FUSED=fused,
+        **tile,
+        **precision_of(x, dtype),
+        STAGES=config.num_stages,
+    )
+    grads = [torch.empty_like(weight) for weight in (weight_ih, weight_hh)]
+    grad_biases = (None, None)
     if fused:
         grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]
-        grad_weights = partial.sum(0)
+        sum_rows(partial, grads)
     else:
         weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
-        grad_x = (
-            torch.bmm(grad_sums.view(groups, batch * length, -1), weight).transpose(0, 1).reshape(x.shape).to(x.dtype)
-        )
-        precision = precision_of(dtype)["PRECISION"]
-        grad_weights = weight_gradients(x, y, h_first, grad_sums, weight_ih, weight_hh, precision)
+        rows = torch.bmm(grad_sums.view(groups, batch * length, -1), weight)  # (G, B·T, I)
+        grad_x = rows.transpose(0, 1).reshape(x.shape).to(x.dtype)
+        weight_gradients(x, y, h_first, grad_sums, *grads, precision_of(x, dtype)["PRECISION"])
         if bias_ih is not None:
             quads = grad_sums.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
-            grads = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
-            grad_weights = torch.cat([grad_weights, *(grad.flatten() for grad in grads)])
-
-    return (
-        grad_x,
-        grad_weights.to(weight_ih.dtype),
-        x.new_empty(0) if grad_h_first is None else grad_h_first.to(h_first.dtype),
-        x.new_empty(0) if grad_c_first is None else grad_c_first.to(c_first.dtype),
-    )
-
-
-def aot_cases(architecture: str = "sm_90"):
-    for label, dtype, element, fused, constants in workloads(architecture):
-        lstm = constants["LSTM"]
-        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
-        absent = ["grad_h_last_ptr", "grad_c_last_ptr", "h_first_ptr", "c_first_ptr"]
-        absent += ["grad_h_first_ptr", "grad_c_first_ptr"]
-        absent += ["gates_ptr", "grad_sums_words_ptr"] if fused else ["grad_x_ptr", "partial_ptr"]
-        absent += [] if lstm else ["cell_ptr"]
-        all_constants = {**constants, **dict.fromkeys(absent)}
-        yield compile_case(f"{label} backward", _grouped_rnn_backward_kernel, element, all_constants, config)
+            of_gates = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
+            grad_biases = [g.reshape(b.shape).to(b.dtype) for g, b in zip(of_gates, (bias_ih, bias_hh), strict=True)]
+    grad_states = [
+        None if grad is None else grad.to(state.dtype)
+        for grad, state in ((grad_h_first, h_first), (grad_c_first, c_first))
+    ]
+    return grad_x, *grads, *grad_biases, *grad_states

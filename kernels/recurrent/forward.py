@@ -1,11 +1,12 @@
-"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `recurrent` tells the whole story."""
+"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `operator` tells the whole story."""
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch
+from fastblocks.kernels import runtime
+from fastblocks.kernels.launch import LaunchConfig, launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
@@ -22,7 +23,7 @@ from fastblocks.kernels.recurrent.cell import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.runtime import INTERPRETED, tl, triton
+from fastblocks.kernels.runtime import tl, triton
 
 # Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
 # loop: the sums of the weights' gradients fit its registers, and no gate or gradient of one travels through memory.
@@ -163,12 +164,12 @@ def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
 
 
-def precision_of(dtype: torch.dtype, hardware: bool = not INTERPRETED and torch.version.hip is None) -> dict[str, str]:
+def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
     if dtype == torch.float32:
         tf32 = torch.backends.cuda.matmul.allow_tf32
         return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
     # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
-    hardware = hardware and dtype == torch.bfloat16
+    hardware = dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
@@ -197,21 +198,30 @@ def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
     return weight.reshape(groups, inputs, directions * hidden * 4)
 
 
-def project(x: Tensor, weight: Tensor) -> Tensor:
+def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """(G, B·T, N·H·4): the inputs' part of the sums of all steps, one batched product."""
     groups, inputs, _ = weight.shape
-    return torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight)
+    torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
-def _launch_config(units: int, lstm: bool, fused: bool, dtype: torch.dtype) -> launch.LaunchConfig:
-    return at_least(table.time_loop(units, lstm, False, fused, dtype == torch.float32))
-
-
-def at_least(config: launch.LaunchConfig) -> launch.LaunchConfig:
+def at_least(config: LaunchConfig) -> LaunchConfig:
     """The configuration with as many rows of batch as this Triton takes."""
-    if config["BLOCK_B"] >= LEAST_COLUMNS:
-        return config
-    return launch.config(config.num_warps, config.num_stages, **{**dict(config.blocks), "BLOCK_B": LEAST_COLUMNS})
+    return config if config["BLOCK_B"] >= LEAST_COLUMNS else config.with_(BLOCK_B=LEAST_COLUMNS)
+
+
+def outputs(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype, keep: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Memory for y, the final h and c (a GRU has no c), and what is kept: gates, cell; empty where there is nothing."""
+    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
+    state, cell = (directions, batch, groups * hidden), (groups, batch * length, directions, hidden)
+    return (
+        x.new_empty((batch, length, groups * directions * hidden), dtype=dtype),
+        x.new_empty(state, dtype=dtype),
+        x.new_empty(state if lstm else 0, dtype=dtype),
+        x.new_empty((*cell, 4) if keep == KEEP_GATES else 0, dtype=dtype),
+        x.new_empty(cell if keeps_cell(keep, fused, lstm) else 0, dtype=dtype),
+    )
 
 
 def forward(
@@ -222,100 +232,46 @@ def forward(
     bias_hh: Tensor | None,
     h_first: Tensor | None,
     c_first: Tensor | None,
-    dtype: torch.dtype,
-    keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y: Tensor,
+    h_last: Tensor,
+    c_last: Tensor,
+    gates: Tensor,
+    cell: Tensor,
+) -> None:
+    """Fills what `outputs` allocated; gates and cells are kept where there is memory for them."""
+    dtype, keep_gates = y.dtype, gates.numel() > 0
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
-    y = x.new_empty(batch, length, groups * directions * hidden, dtype=dtype)
-    h_last = x.new_empty(directions, batch, groups * hidden, dtype=dtype)
-    c_last = torch.empty_like(h_last) if lstm else x.new_empty(0, dtype=dtype)
-    gates = cell = None
     if not fused:
-        gates = project(x, quad_weight(weight_ih, hidden, dtype)).view(groups, batch * length, directions, hidden, 4)
-    elif keep == KEEP_GATES:
-        gates = x.new_empty(groups, batch * length, directions, hidden, 4, dtype=dtype)
-    if keeps_cell(keep, fused, lstm):
-        cell = x.new_empty(groups, batch * length, directions, hidden, dtype=dtype)
+        if not keep_gates:
+            gates = x.new_empty((groups, batch * length, directions, hidden, 4), dtype=dtype)
+        project(x, quad_weight(weight_ih, hidden, dtype), out=gates.view(groups, batch * length, -1))
     tile = tile_of(groups, inputs, hidden)
-    config = _launch_config(tile["PACK"] * tile["UNITS"], lstm, fused, dtype)
-    grid = (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),)
-    with torch.cuda.device_of(x):
-        _grouped_rnn_forward_kernel[grid](
-            x_ptr=x,
-            weight_ih_ptr=weight_ih,
-            weight_hh_ptr=weight_hh,
-            bias_ih_ptr=bias_ih,
-            bias_hh_ptr=bias_hh,
-            h_first_ptr=h_first,
-            c_first_ptr=c_first,
-            gates_ptr=None if gates is None else gates.view(torch.int64),
-            cell_ptr=cell,
-            y_ptr=y,
-            h_last_ptr=h_last,
-            c_last_ptr=c_last if lstm else None,
-            batch=batch,
-            length=length,
-            groups=groups,
-            DIRECTIONS=directions,
-            LSTM=lstm,
-            FUSED=fused,
-            KEEP=keep == KEEP_GATES,
-            **tile,
-            **precision_of(dtype),
-            STAGES=config.num_stages,
-            **config.keywords(),
-        )
-    if gates is None or keep != KEEP_GATES:
-        gates = x.new_empty(0, dtype=dtype)
-    return y, h_last, c_last, gates, x.new_empty(0, dtype=dtype) if cell is None else cell
-
-
-# The standard workloads: G, I, H, N of their first layers.
-WORKLOADS = {"rnn-freq": (8, 16, 8, 2), "rnn-time": (8, 16, 16, 1), "rnn-wide": (4, 128, 128, 1)}
-
-
-def workloads(architecture: str):
-    """Every workload as GRU and LSTM in the dtypes that the kernels take it in: label, sizes and constants."""
-    for name, (groups, inputs, hidden, directions) in WORKLOADS.items():
-        for lstm in (False, True):
-            for dtype, element in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-                if hidden > table.largest_hidden(architecture, dtype == torch.float32):
-                    continue
-                fused = max(inputs, hidden) <= (FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT)
-                constants = {"DIRECTIONS": directions, "LSTM": lstm, "FUSED": fused}
-                constants |= tile_of(groups, inputs, hidden) | precision_of(
-                    dtype, hardware=architecture.startswith("sm_")
-                )
-                yield f"{name} {'LSTM' if lstm else 'GRU'} {element}", dtype, element, fused, constants
-
-
-def compile_case(label: str, kernel, element: str, constants: dict, config: launch.LaunchConfig) -> launch.CompileCase:
-    """Pointers are to `element`s, but for what the names say; whatever is not a pointer is an int32."""
-    constants = {**constants, **dict(config.blocks)}
-    if "STAGES" in kernel.arg_names:
-        constants["STAGES"] = config.num_stages
-    words, floats = ("gates_ptr", "grad_sums_words_ptr"), ("partial_ptr", "grad_h_first_ptr", "grad_c_first_ptr")
-
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if not name.endswith("_ptr"):
-            return "i32"
-        return "*i64" if name in words else "*fp32" if name in floats else f"*{element}"
-
-    signature = {name: kind(name) for name in kernel.arg_names}
-    return launch.CompileCase(label, kernel, signature, constants, config)
-
-
-def aot_cases(architecture: str = "sm_90"):
-    for label, dtype, element, fused, constants in workloads(architecture):
-        lstm = constants["LSTM"]
-        config = _launch_config(constants["PACK"] * constants["UNITS"], lstm, fused, dtype)
-        for training in (False, True):
-            absent = ["bias_ih_ptr", "bias_hh_ptr", "h_first_ptr", "c_first_ptr"]
-            absent += [] if lstm else ["c_last_ptr"]
-            absent += ["gates_ptr"] if fused else []
-            absent += [] if lstm and training else ["cell_ptr"]
-            all_constants = {**constants, **dict.fromkeys(absent), "KEEP": training and not fused}
-            mode = "training" if training else "inference"
-            yield compile_case(f"{label} forward, {mode}", _grouped_rnn_forward_kernel, element, all_constants, config)
+    config = at_least(table.time_loop(tile["PACK"] * tile["UNITS"], lstm, False, fused, dtype == torch.float32))
+    launch(
+        _grouped_rnn_forward_kernel,
+        (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),),
+        config,
+        like=x,
+        x_ptr=x,
+        weight_ih_ptr=weight_ih,
+        weight_hh_ptr=weight_hh,
+        bias_ih_ptr=bias_ih,
+        bias_hh_ptr=bias_hh,
+        h_first_ptr=h_first,
+        c_first_ptr=c_first,
+        gates_ptr=gates.view(torch.int64) if keep_gates or not fused else None,
+        cell_ptr=cell if cell.numel() else None,
+        y_ptr=y,
+        h_last_ptr=h_last,
+        c_last_ptr=c_last if lstm else None,
+        batch=batch,
+        length=length,
+        groups=groups,
+        DIRECTIONS=directions,
+        LSTM=lstm,
+        FUSED=fused,
+        KEEP=keep_gates,
+        **tile,
+        **precision_of(x, dtype),
+        STAGES=config.num_stages,
+    )

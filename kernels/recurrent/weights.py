@@ -8,10 +8,10 @@ writes its sum in float32, and a second pass adds the slices in order: the same 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels import launch
+from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.recurrent import config as table
-from fastblocks.kernels.recurrent.forward import compile_case, workloads
+from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
@@ -87,33 +87,33 @@ def _recurrent_weight_gradient_kernel(
     tl.store(ptr + index, total, mask=mask_n[:, None] & mask_k[None, :])
 
 
-def _launch_config() -> launch.LaunchConfig:
-    return table.WEIGHTS
-
-
 def weight_gradients(
     x: Tensor,
     y: Tensor,
     h_first: Tensor | None,
     grad_sums: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    grad_weight_ih: Tensor,
+    grad_weight_hh: Tensor,
     precision: str,
-) -> Tensor:
-    """∂weight_ih, then ∂weight_hh, flat, float32."""
+) -> None:
+    """Fills the weights' gradients from those of the sums, (G, B·T, N, H, 4)."""
     batch, length, _ = x.shape
-    directions, groups, rows, inputs = weight_ih.shape
-    hidden = weight_hh.shape[3]
+    directions, groups, rows, inputs = grad_weight_ih.shape
+    hidden = grad_weight_hh.shape[3]
     slices = min(SLICES, triton.cdiv(batch * length, SLICE))
     slice_rows = triton.cdiv(batch * length, slices)
-    partial = x.new_empty(slices, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
-    config = _launch_config()
+    partial = x.new_empty(slices, grad_weight_ih.numel() + grad_weight_hh.numel(), dtype=torch.float32)
+    config = table.WEIGHTS
     for operand, size, first, out in (
         (x, inputs, None, partial),
-        (y, hidden, h_first, partial[:, weight_ih.numel() :]),
+        (y, hidden, h_first, partial[:, grad_weight_ih.numel() :]),
     ):
         tiles = triton.cdiv(4 * hidden, config["BLOCK_N"]) * triton.cdiv(size, config["BLOCK_K"])
-        _recurrent_weight_gradient_kernel[(tiles, directions * groups, slices)](
+        launch(
+            _recurrent_weight_gradient_kernel,
+            (tiles, directions * groups, slices),
+            config,
+            like=x,
             grad_sums_ptr=grad_sums,
             operand_ptr=operand,
             h_first_ptr=first,
@@ -130,18 +130,5 @@ def weight_gradients(
             DIRECTIONS=directions,
             STATE=operand is y,
             PRECISION=precision,
-            **config.keywords(),
         )
-    return partial.sum(0)
-
-
-def aot_cases(architecture: str = "sm_90"):
-    for label, _, element, fused, constants in workloads(architecture):
-        if fused:
-            continue
-        for state in (False, True):
-            sizes = {"H": constants["H"], "K": constants["H"] if state else constants["I"]}
-            sizes |= {"SUMS": 4 if constants["LSTM"] else 3, "DIRECTIONS": constants["DIRECTIONS"], "STATE": state}
-            sizes |= {"PRECISION": constants["PRECISION"], "h_first_ptr": None}
-            name = f"{label} gradient of weight_{'hh' if state else 'ih'}"
-            yield compile_case(name, _recurrent_weight_gradient_kernel, element, sizes, _launch_config())
+    sum_rows(partial, [grad_weight_ih, grad_weight_hh])

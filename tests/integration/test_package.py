@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,10 @@ def copy_of_the_package(folder, kernels):
 RUN_ON_KERNELS = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-import torch, fastblocks
+import torch, fastblocks.kernels
 fastblocks.use_backend("triton")
-print(fastblocks.__file__, fastblocks.explain(fastblocks.RNNBlock(8, 1, 2), torch.randn(1, 5, 8)))
+print(fastblocks.kernels.__file__, fastblocks.__file__)
+print(fastblocks.explain(fastblocks.RNNBlock(8, 1, 2), torch.randn(1, 5, 8)))
 """
 
 
@@ -308,7 +310,7 @@ def selected():
 
 
 def test_backend_for_a_block_and_from_here_on():
-    assert backend._selected == "auto"
+    assert backend.selected() == "auto"
     with fastblocks.use_backend("eager"):
         assert "'eager' is selected" in selected()
         with fastblocks.use_backend("auto"):
@@ -322,18 +324,94 @@ def test_backend_for_a_block_and_from_here_on():
 def test_backend_is_restored_after_an_error():
     with pytest.raises(KeyError), fastblocks.use_backend("eager"):
         raise KeyError
-    assert backend._selected == "auto"
+    assert backend.selected() == "auto"
+
+
+def test_backends_of_threads_that_overlap():
+    """Neither sees the other's block, and nothing is left behind."""
+    inside, leave = threading.Barrier(2), threading.Barrier(2)
+    seen = {}
+
+    def run(name):
+        with fastblocks.use_backend(name):
+            inside.wait(10)
+            seen[name] = backend.selected()
+            leave.wait(10)
+        seen[f"after {name}"] = backend.selected()
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in ("eager", "triton")]
+    for thread in threads:
+        thread.start()
+    inside_the_blocks = backend.selected()
+    for thread in threads:
+        thread.join()
+    assert seen == {"eager": "eager", "triton": "triton", "after eager": "auto", "after triton": "auto"}
+    assert inside_the_blocks == backend.selected() == "auto"
+
+
+def test_backend_object_is_entered_twice_and_decorates():
+    chosen = fastblocks.use_backend("eager")
+    with chosen, fastblocks.use_backend("triton"), chosen:
+        assert backend.selected() == "eager"
+    assert backend.selected() == "auto"
+
+    @fastblocks.use_backend("eager")
+    def decorated():
+        return backend.selected()
+
+    assert backend.selected() == "auto" and decorated() == decorated() == "eager" and backend.selected() == "auto"
+
+
+def test_backend_of_the_process_is_seen_by_threads():
+    fastblocks.use_backend("eager")
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(backend.selected()))
+    thread.start()
+    thread.join()
+    assert seen == ["eager"]
+
+
+def test_backend_under_compile():
+    """A compiled function follows the block that it is called in."""
+    torch.compiler.reset()
+
+    def name():
+        return torch.zeros(()) + backend.BACKENDS.index(backend.selected())
+
+    compiled = torch.compile(name, fullgraph=True, backend="eager")
+    assert compiled() == 0
+    with fastblocks.use_backend("eager"):
+        assert compiled() == 2
+    fastblocks.use_backend("triton")
+    assert compiled() == 1
+
+
+def test_explaining_threads_do_not_mix():
+    rows, started, done = [], threading.Event(), threading.Event()
+
+    def slow(x):
+        started.set()
+        done.wait(10)
+        return fastblocks.functional.swiglu(x, x)
+
+    thread = threading.Thread(target=lambda: rows.append(fastblocks.explain(slow, torch.ones(2))))
+    thread.start()
+    started.wait(10)
+    attention()
+    done.set()
+    thread.join()
+    assert len(rows[0].splitlines()) == 1 and "swiglu" in rows[0]
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None])
 def test_unknown_backend(name):
     with pytest.raises(ValueError, match=r"'auto'.*'triton'.*'eager'"):
         fastblocks.use_backend(name)
-    assert backend._selected == "auto"
+    assert backend.selected() == "auto"
 
 
 def test_backend_from_the_environment():
-    code = "import fastblocks.backend; print(fastblocks.backend._selected)"
+    code = "import fastblocks.backend; print(fastblocks.backend.selected())"
     assert python(code) == "auto"
     assert python(code, FASTBLOCKS_BACKEND="eager") == "eager"
     failing = "\ntry:\n    import fastblocks\nexcept ValueError as problem:\n    print(problem)"
@@ -372,7 +450,7 @@ def test_explain_leaves_no_trace():
     fastblocks.explain(module, torch.randn(1, 1, 100))
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
-    assert backend._decisions is None and torch.is_grad_enabled()
+    assert backend._decisions.get() is None and torch.is_grad_enabled()
 
 
 def test_explain_with_keywords():

@@ -10,7 +10,7 @@ from tests.reference import attention as reference
 
 pytest.importorskip("triton")
 
-from fastblocks.kernels.attention import config, launchers
+from fastblocks.kernels.attention import config
 from fastblocks.kernels.attention import operator as attention
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -74,11 +74,11 @@ def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=Fals
 def blocks(monkeypatch):
     """Short sequences through the kernels for long ones, with a pass that rotates and several chunks where they may."""
     monkeypatch.setattr(config, "is_short", lambda *_: False)
-    monkeypatch.setattr(launchers, "CHUNK", 64)
-    monkeypatch.setattr(launchers, "ROTATE_FROM", 128)
-    launchers._plan.cache_clear()
+    monkeypatch.setattr(config, "CHUNK", 64)
+    monkeypatch.setattr(config, "ROTATE_FROM", 128)
+    config._plan.cache_clear()
     yield
-    launchers._plan.cache_clear()
+    config._plan.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 127, 129, 200])
@@ -208,31 +208,6 @@ def test_second_derivatives(device):
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, wanted, strict=True))
 
 
-@pytest.mark.parametrize("in_blocks", [False, True])
-@pytest.mark.parametrize("registers_out", [False, True])
-def test_opcheck(device, in_blocks, registers_out, request):
-    if in_blocks:
-        request.getfixturevalue("blocks")
-    qkv, rope, register_qkv = make(device, 2, 18, 2, 8, 2, True)
-    qkv.requires_grad_(), register_qkv.requires_grad_()
-    operator = torch.ops.fastblocks.rope_attention.default
-    torch.library.opcheck(operator, (qkv, rope, register_qkv, 2, 8, registers_out, False))
-    torch.library.opcheck(operator, (qkv, rope, None, 2, -1, False, False))
-
-
-def test_compile_without_a_graph_break(device):
-    qkv, rope, register_qkv = make(device, 1, 18, 2, 8, 2, True)
-    qkv.requires_grad_()
-
-    def f(x):
-        return functional.rope_attention(x, rope, 2, window=8, register_qkv=register_qkv)
-
-    with use_backend("triton"):
-        want = torch.autograd.grad(f(qkv).square().sum(), qkv)[0]
-        got = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(qkv).square().sum(), qkv)[0]
-    assert torch.equal(got, want)
-
-
 def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
     cases = {
         "head size is 258": make(device, 1, 4, 1, 258),
@@ -247,16 +222,16 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
             if "bfloat16" not in reason:
                 functional.rope_attention(x, table, 1, register_qkv=registers)
             else:
-                assert reason in attention.unsupported_reason(x, table, 1, registers)
+                assert reason in attention.unsupported_reason(x, table, 1, -1, registers, False)
                 continue
         assert decisions[0].backend == "eager" and reason in decisions[0].reason, decisions
 
 
 def test_two_tiles_hold_the_keys():
     for rows in range(1, 400):
-        a, b = launchers.whole_tiles(rows)
-        assert a + b >= rows and a <= launchers._tile(rows) and a + b <= launchers._tile(rows)
-    assert launchers.whole_tiles(282) == (256, 32) and launchers.whole_tiles(64) == (64, 0)
+        a, b = config.whole_tiles(rows)
+        assert a + b >= rows and a <= config.tile(rows) and a + b <= config.tile(rows)
+    assert config.whole_tiles(282) == (256, 32) and config.whole_tiles(64) == (64, 0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: larger than the interpreter can walk")

@@ -246,45 +246,6 @@ def test_second_derivatives(device):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
 
 
-def test_folded_affine_gives_the_normalized_values(device, poison):
-    from fastblocks.kernels.convnext.depthwise_conv_layer_norm import depthwise_conv_layer_norm as fused
-
-    (x, weight, bias, norm_weight, norm_bias), keywords = make(CASES["aligned"], device)
-    ones, zeros = torch.ones_like(norm_weight), torch.zeros_like(norm_bias)
-    inputs = [t.requires_grad_() for t in (x, weight, bias)]
-    folded = fused(*inputs, None, None, keywords["stride"], False, tuple(x.shape[2:]), 1e-6)
-    whole = fused(*inputs, ones, zeros, keywords["stride"], False, tuple(x.shape[2:]), 1e-6)
-    assert torch.equal(folded, whole)
-    grad = cotangent(folded)
-    pairs = zip(torch.autograd.grad(folded, inputs, grad), torch.autograd.grad(whole, inputs, grad), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-@pytest.mark.parametrize("name", ["unaligned", "2-D, unaligned"])
-def test_operators_are_well_formed(name, device):
-    from fastblocks.kernels.convnext import depthwise_conv_layer_norm as kernels
-
-    tensors, keywords = make(CASES[name], device)
-    sizes = conv_output_size(
-        tuple(tensors[0].shape[2:]), keywords["stride"], keywords["transposed"], keywords["output_size"]
-    )
-    arguments = (*(t.requires_grad_() for t in tensors), list(keywords["stride"]), keywords["transposed"], list(sizes))
-    torch.library.opcheck(kernels._forward_op, (*arguments, 1e-6, torch.float32, True))
-
-
-@pytest.mark.parametrize("name", ["unaligned", "2-D, unaligned"])
-def test_compiles_without_a_graph_break(name, device):
-    tensors, keywords = make(CASES[name], device)
-    compiled = torch.compile(depthwise_conv_layer_norm, fullgraph=True, backend="aot_eager")
-    want, want_grads = run("triton", tensors, keywords, torch.float32)
-    inputs = [t.detach().requires_grad_() for t in tensors]
-    with backend.use_backend("triton"):
-        y = compiled(*inputs, **keywords)
-    assert torch.equal(y, want)
-    grads = torch.autograd.grad(y, inputs, cotangent(y))
-    assert all(torch.equal(a, b) for a, b in zip(grads, want_grads, strict=True))
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_cuda_graph(device):
     tensors, keywords = make(CASES["2-D"], device)

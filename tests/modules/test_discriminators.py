@@ -174,6 +174,44 @@ def test_spectral_norm_is_torchs_over_several_steps(case):
                 twin.weight_orig += change
 
 
+def test_spectral_norm_as_a_function():
+    """Second derivatives, no iteration, several, and in a graph, against torch's."""
+    function = fastblocks.functional.spectral_norm
+    conv = torch.nn.utils.spectral_norm(torch.nn.Conv1d(3, 5, 4).double(), n_power_iterations=3)
+    weight, u, v = conv.weight_orig.detach(), conv.weight_u.clone(), conv.weight_v.clone()
+    still = partial(function, u=u, v=v, n_power_iterations=0)
+    leaf = weight.clone().requires_grad_()
+    assert torch.autograd.gradcheck(still, leaf, fast_mode=True)
+    assert torch.autograd.gradgradcheck(still, leaf, fast_mode=True)
+    traced = torch.func.grad(lambda w: still(w).sin().sum())(weight)
+    (want,) = torch.autograd.grad(still(leaf).sin().sum(), leaf)
+    assert relative_error(traced, want) < EXACT
+    assert torch.equal(u, conv.weight_u) and torch.equal(v, conv.weight_v)
+    conv(torch.zeros(1, 3, 4).double())
+    got = function(weight, u, v, n_power_iterations=3)
+    for value, expected in ((got, conv.weight), (u, conv.weight_u), (v, conv.weight_v)):
+        assert relative_error(value, expected) < EXACT
+
+
+@pytest.mark.parametrize(
+    "shapes, iterations, message",
+    [
+        (((5, 3, 4), (4,), (12,)), 1, r"\(5, 3, 4\), \(4,\)"),
+        (((5, 3, 4), (5,), (11,)), 1, r"\(11,\)"),
+        (((5,), (5,), (1,)), 1, r"\(5,\)"),
+        (((5, 3, 4), (5,), (12,)), -1, "-1"),
+    ],
+)
+def test_spectral_norm_checks_its_arguments(shapes, iterations, message):
+    with pytest.raises(ValueError, match=message):
+        fastblocks.functional.spectral_norm(*map(torch.ones, shapes), n_power_iterations=iterations)
+
+
+def test_explain_sees_spectral_norm():
+    said = fastblocks.explain(MultiFrequency(1, [32], hidden_channels=2), torch.randn(1, 1, 100))
+    assert said.startswith("spectral_norm: ") and said.endswith("× 6")
+
+
 @every_case
 def test_power_iteration_in_training_only(case):
     module, clip = case.module(), case.clip()

@@ -80,6 +80,12 @@ def test_fourier_under_autocast():
         back = module.istft(got, 500)
     assert torch.equal(got, want)
     assert_close(back, x, 4 * 64)
+    for batch in (2, 0):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = module.stft(x[:batch].bfloat16())
+            back = module.istft(got.bfloat16(), 500)
+        assert got.dtype == back.dtype == torch.float32
+        assert torch.equal(got, module.stft(x[:batch].bfloat16().float()))
 
 
 def test_fourier_state():
@@ -101,7 +107,14 @@ def test_fourier_empty_batch_and_short_clips():
     module = fastblocks.Fourier(64, 16)
     assert module.stft(torch.zeros(0, 100)).shape == (0, 33, 7, 2)
     assert module.istft(torch.zeros(0, 33, 7, 2), 100).shape == (0, 100)
+    for n_fft in (32, 33):
+        odd = fastblocks.Fourier(n_fft, 8)
+        for length in (40, 41, 48):
+            assert odd.stft(torch.zeros(0, length)).shape[1:] == odd.stft(torch.zeros(2, length)).shape[1:]
+            assert odd.double().stft(torch.zeros(0, length).double()).dtype == torch.float64
     assert module.stft(torch.randn(1, 33)).shape == (1, 33, 3, 2)
+    with pytest.raises(ValueError, match=r"\(2, 33, 0, 2\)"):
+        module.istft(torch.zeros(2, 33, 0, 2), 100)
     with pytest.raises(ValueError, match=r"\b32\b.*\b33\b"):
         module.stft(torch.randn(1, 32))
 
@@ -294,15 +307,58 @@ def test_band_in_low_precision(dtype):
     )
 
 
-def test_band_under_autocast():
-    module = quiet_band(8000, 128, 10, 2, 5).bfloat16().float()
-    x = torch.randn(2, 65, 3, 2).bfloat16().float()
+@pytest.mark.parametrize("count", [10, 60], ids=["bands", "bands without a bin"])
+def test_band_under_autocast(count):
+    """Products are rounded, what the biases make of them is not."""
+    module = quiet_band(8000, 128, count, 2, 5).bfloat16().float()
+    cases = (
+        (module.split, spectral.band_split, (2, 65, 3, 2)),
+        (module.unsplit, partial(spectral.band_unsplit, channels=2), (2, 5, 3, count)),
+    )
+    for operation, reference, shape in cases:
 
-    def call(x):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return module.split(x)
+        def call(x, operation=operation):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return operation(x)
 
-    check_low_precision(module, spectral.band_split, x, dtype=torch.bfloat16, call=call)
+        x = torch.randn(shape).bfloat16().float()
+        check_low_precision(module, reference, x, dtype=torch.bfloat16, call=call)
+        assert call(x).dtype == torch.float32
+
+
+def test_band_operations_check_their_arguments():
+    x, ranges = torch.zeros(1, 9, 3, 2), [(0, 4), (3, 9)]
+    weight, bias = torch.zeros(2, 12, 5), torch.zeros(2, 5)
+    split = fastblocks.functional.band_split
+    assert split(x, weight, bias, ranges).shape == (1, 5, 3, 2)
+    for wrong, message in (
+        ((x[0], weight, bias, ranges), r"\(9, 3, 2\)"),
+        ((x, weight[:, 1:], bias, ranges), r"12.*\(2, 11, 5\)"),
+        ((x, weight[:1], bias, ranges), r"\(1, 12, 5\)"),
+        ((x, weight, bias[:1], ranges), r"\(1, 5\)"),
+        ((x, weight, bias, [(0, 4), (3, 10)]), r"within 9.*10"),
+        ((x, weight, bias, []), r"at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            split(*wrong)
+    x, weight, bias, window = torch.zeros(1, 5, 3, 2), torch.zeros(2, 5, 12), torch.zeros(2, 12), torch.ones(9)
+    unsplit = fastblocks.functional.band_unsplit
+    assert unsplit(x, weight, bias, ranges, window).shape == (1, 9, 3, 2)
+    for wrong, message in (
+        ((x[:, :4], weight, bias, ranges, window), r"\(1, 4, 3, 2\)"),
+        ((x, weight[..., :11], bias[..., :11], ranges, window), r"\(2, 5, 11\)"),
+        ((x, weight, bias[:, :11], ranges, window), r"\(2, 11\)"),
+        ((x, weight, bias, ranges, window[:8]), r"within 8.*9"),
+        ((x, weight, bias, ranges, window[None]), r"\(1, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            unsplit(*wrong)
+
+
+def test_explain_sees_both_band_operations():
+    module = quiet_band(8000, 128, 10, 2, 5)
+    said = fastblocks.explain(partial(there_and_back, module), torch.randn(2, 65, 3, 2))
+    assert [line.split(":")[0] for line in said.splitlines()] == ["band_split", "band_unsplit"]
 
 
 def test_band_of_an_unusual_input():

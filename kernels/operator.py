@@ -1,0 +1,215 @@
+"""An operation on kernels, declared once: from it follow its operators, their shapes, and its derivatives.
+
+    operator = Operator("rope_attention", "(Tensor qkv, …, bool keep) -> (Tensor out, Tensor lse)", …)
+    out, lse = operator(qkv, …)
+
+A plain eager call goes straight into an autograd node, or, where nobody needs gradients, straight to the launches. A
+call that something watches (`torch.compile`, fake tensors, a dispatch mode, a tensor subclass) goes through
+`torch.ops.fastblocks.<name>`, and its backward pass through `torch.ops.fastblocks.<name>_backward`. Both ways run the
+same node and the same functions.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastblocks.eager.derivatives import by_formula
+
+__all__ = ["Operator", "all_operators", "compute_dtype"]
+
+_declared: "dict[str, Operator]" = {}
+
+_library = torch.library.Library("fastblocks", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def all_operators() -> "dict[str, Operator]":
+    """Every operator of the package by name, for tests and reports; imports all families."""
+    import fastblocks.kernels as package
+
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(info.name)
+    return dict(_declared)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What results are computed in and rounded to: autocast's dtype where that is on, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class Operator:
+    """One operation: its schema, what it allocates, how it runs, and how it is differentiated.
+
+    Args:
+        name: of the operators, `fastblocks::<name>` and `fastblocks::<name>_backward`.
+        schema: of the forward pass. Its last argument is `bool keep`, whether a backward pass will follow: it is asked
+            here, once, and not passed to `operator(…)`. Results have names.
+        results: how many of the results are the caller's; the others are kept for the backward pass.
+        outputs: `outputs(*arguments) -> tuple` allocates the results. It is the fake implementation, too.
+        forward: `forward(outputs, *arguments)` fills them.
+        saved: names of the results that the backward pass reads.
+        backward: `backward(grads, needs, *arguments, *saved) -> sequence` with the gradients of the caller's results
+            (None: nobody used it), which tensor arguments need one, the arguments but `keep`, and the saved results.
+            Returns a gradient for each tensor argument in order, None for what needs none.
+        formula: `formula(*arguments) -> Tensor or tuple`: the same results in plain PyTorch, from the arguments but
+            `keep`, for derivatives of derivatives. It runs under the autocast that the forward pass ran under.
+        gradients: `gradients(needs, *arguments) -> sequence` allocates what `backward` returns, for its fake
+            implementation. None: a contiguous tensor like each argument.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        results: int,
+        outputs: Callable[..., tuple[Tensor, ...]],
+        forward: Callable[..., None],
+        backward: Callable[..., Sequence[Tensor | None]],
+        formula: Callable[..., Tensor | tuple[Tensor, ...]],
+        saved: Sequence[str] = (),
+        gradients: Callable[..., Sequence[Tensor | None]] | None = None,
+    ):
+        parsed = torch._C.parse_schema(name + schema)
+        arguments, returns = parsed.arguments, parsed.returns
+        if arguments[-1].name != "keep":
+            raise ValueError(f"{name}: the last argument must be `bool keep`, not {arguments[-1].name}")
+        self.name, self.results = name, results
+        self.outputs, self.forward, self.backward, self.formula = outputs, forward, backward, formula
+        self.gradients = gradients or self._like_arguments
+        self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        self.scalars = [i for i in range(len(arguments) - 1) if i not in self.tensors]
+        self.saved = [[r.name for r in returns].index(kept) for kept in saved]
+        self._node = _node_of(self)
+
+        kept = [f"Tensor {returns[i].name}" if returns[i].name else "" for i in self.saved]
+        grads = [f"Tensor? grad_{r.name}" for r in returns[:results]]
+        inputs = schema[1 : schema.index(") ->")].split(", ")[:-1]
+        gradients = ", ".join("Tensor" for _ in self.tensors)
+        _library.define(name + schema)
+        _library.define(f"{name}_backward({', '.join([*grads, 'bool[] needs', *inputs, *kept])}) -> ({gradients})")
+        for device in ("CPU", "CUDA"):  # the CPU's is the interpreter's
+            _library.impl(name, self._run, device)
+            _library.impl(f"{name}_backward", self._run_backward, device)
+        _library.impl(name, self._differentiable, "Autograd")
+        torch.library.register_fake(f"fastblocks::{name}", outputs, lib=_library)
+        torch.library.register_fake(f"fastblocks::{name}_backward", self._fake_backward, lib=_library)
+        self._forward_op = getattr(torch.ops.fastblocks, name).default
+        self._backward_op = getattr(torch.ops.fastblocks, f"{name}_backward").default
+        _declared[name] = self
+
+    def __call__(self, *arguments) -> tuple[Tensor, ...]:
+        """All results, those that are kept for a backward pass included."""
+        if self._is_watched(arguments):
+            return self._forward_op(*arguments, False)
+        if self._needs_gradients(arguments):
+            return self._node.apply(*arguments)
+        return self._run(*arguments, False)
+
+    # ---- the forward pass
+
+    def _is_watched(self, arguments) -> bool:
+        """Whether somebody has to see this call as one operator."""
+        return (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or any(type(arguments[i]) not in _PLAIN for i in self.tensors if arguments[i] is not None)
+        )
+
+    def _needs_gradients(self, arguments) -> bool:
+        return torch.is_grad_enabled() and any(
+            arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
+        )
+
+    def _run(self, *arguments) -> tuple[Tensor, ...]:
+        results = self.outputs(*arguments)
+        self.forward(results, *arguments)
+        return results
+
+    def _differentiable(self, *arguments) -> tuple[Tensor, ...]:
+        """The operator at the dispatcher's key "Autograd"."""
+        if self._needs_gradients(arguments):
+            return self._node.apply(*arguments[:-1])
+        with torch._C._AutoDispatchBelowAutograd():  # in a traced graph `keep` may be True: its backward is traced, too
+            return self._forward_op(*arguments)
+
+    def rehearse(self, *arguments) -> None:
+        """Run all launchers: without gradients, and forward and backward with all of them. For `launch.recording`."""
+        self._run(*arguments, False)
+        results = self._run(*arguments, True)
+        needs = [arguments[i] is not None for i in self.tensors]
+        self._run_backward(*results[: self.results], needs, *arguments, *[results[i] for i in self.saved])
+
+    # ---- the backward pass
+
+    def _run_backward(self, *arguments) -> tuple[Tensor, ...]:
+        """The gradients as operators return them: one for each tensor argument, empty where none is needed."""
+        grads, needs, rest = arguments[: self.results], arguments[self.results], arguments[self.results + 1 :]
+        return self._filled(self.backward(grads, needs, *rest), needs, rest)
+
+    def _fake_backward(self, *arguments) -> tuple[Tensor, ...]:
+        needs, rest = arguments[self.results], arguments[self.results + 1 :]
+        return self._filled(self.gradients(needs, *rest), needs, rest)
+
+    def _like_arguments(self, needs, *arguments) -> list[Tensor]:
+        return [
+            torch.empty_like(arguments[i], memory_format=torch.contiguous_format) if needed else None
+            for i, needed in zip(self.tensors, needs, strict=True)
+        ]
+
+    def _filled(self, grads, needs, arguments) -> tuple[Tensor, ...]:
+        """An empty tensor in the place of what is not needed: operators return no None."""
+        likes = [arguments[i] if arguments[i] is not None else arguments[self.tensors[0]] for i in self.tensors]
+        return tuple(
+            grad if needed else like.new_empty(0) for grad, needed, like in zip(grads, needs, likes, strict=True)
+        )
+
+
+def _node_of(operator: Operator) -> type[torch.autograd.Function]:
+    """A call of the operator in autograd's graph, which names it."""
+
+    def forward(ctx, *arguments):
+        if operator._is_watched(arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                results = operator._forward_op(*arguments, True)
+        else:
+            results = operator._run(*arguments, True)
+        ctx.save_for_backward(*[arguments[i] for i in operator.tensors], *[results[i] for i in operator.saved])
+        ctx.scalars = [arguments[i] for i in operator.scalars]
+        device = arguments[operator.tensors[0]].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        # What is not the caller's, and what he did not ask for: results that are left out are empty and 1-D.
+        ctx.mark_non_differentiable(
+            *results[operator.results :], *[r for r in results[: operator.results] if r.dim() == 1]
+        )
+        return results
+
+    def backward(ctx, *grads):
+        grads = grads[: operator.results]
+        arguments: list = [None] * (len(operator.tensors) + len(operator.scalars))
+        result: list[Tensor | None] = [None] * len(arguments)
+        if all(grad is None for grad in grads):
+            return tuple(result)
+        tensors = ctx.saved_tensors
+        for i, tensor in zip(operator.tensors, tensors, strict=False):
+            arguments[i] = tensor
+        for i, scalar in zip(operator.scalars, ctx.scalars, strict=True):
+            arguments[i] = scalar
+        if torch.is_grad_enabled():  # somebody will differentiate the gradients
+            device, dtype, enabled = ctx.autocast
+            with torch.autocast(device, dtype, enabled=enabled):
+                return by_formula(operator.formula, arguments, grads)
+        needs = [ctx.needs_input_grad[i] for i in operator.tensors]
+        call = (*grads, needs, *arguments, *tensors[len(operator.tensors) :])
+        found = operator._backward_op(*call) if operator._is_watched(arguments) else operator._run_backward(*call)
+        for i, grad, needed in zip(operator.tensors, found, needs, strict=True):
+            result[i] = grad if needed else None
+        return tuple(result)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(operator.name, (torch.autograd.Function,), methods)

@@ -1,0 +1,237 @@
+"""What every operator has by being declared, over all of them."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastblocks import functional
+from fastblocks.backend import use_backend
+
+pytest.importorskip("triton")
+
+from fastblocks.kernels.operator import all_operators
+from tests.compare import relative_error
+
+OPERATORS = all_operators()
+
+
+def attention(tokens, registers, registers_out, window=-1):
+    def make():
+        qkv, register_qkv = torch.randn(2, tokens, 48), torch.randn(1, registers, 48) if registers else None
+        rope = functional.rope_table(registers + tokens, 8)
+        return qkv, rope, 2, window, register_qkv, registers_out
+
+    return "rope_attention", make
+
+
+def recurrence(gates, inputs, bias, state, keep_gates=None):
+    def make():
+        sizes = [(2, 3, 2 * inputs), (1, 2, gates * 8, inputs), (1, 2, gates * 8, 8)]
+        sizes += [(1, 2, gates * 8)] * 2 if bias else [None, None]
+        sizes += [(1, 2, 16) if state else None, (1, 2, 16) if state and gates == 4 else None]
+        tensors = [None if size is None else torch.randn(size) / 2 for size in sizes]
+        return *tensors, torch.float32, keep_gates
+
+    return "grouped_rnn", make
+
+
+def depthwise(sizes, kernel, stride, transposed, bias=True, channels_last=False):
+    def make():
+        x = torch.randn(2, 6, *sizes)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        out = functional.convnext.conv_output_size(sizes, stride, transposed)
+        vectors = torch.randn(3, 6)
+        weight = torch.randn(6, 1, *kernel)
+        bias_and_norm = (vectors[0] if bias else None, vectors[1], vectors[2])
+        return x, weight, *bias_and_norm, list(stride), transposed, list(out), 1e-6, torch.float32
+
+    return "depthwise_conv_layer_norm", make
+
+
+def mlp(dtype, residual, c_out=6):
+    def make():
+        sizes = [(2, 5, 3, 7), (28, 7), (28,), (c_out, 28), (c_out,), (2, c_out, 5, 3)]
+        *tensors, last = (torch.randn(size).to(dtype) for size in sizes)
+        return *tensors, last if residual else None, dtype
+
+    return "convnext_mlp", make
+
+
+CASES = {
+    "attention, short": attention(18, 0, False),
+    "attention, short, registers": attention(18, 2, True, 8),
+    "attention, long": attention(150, 0, False, 20),
+    "attention, long, registers": attention(150, 3, True, 20),
+    "attention, registers that nobody asks": attention(150, 3, False),
+    "GRU, fused": recurrence(3, 8, False, True),
+    "GRU, projection apart": recurrence(3, 40, True, True),
+    "LSTM, fused": recurrence(4, 8, False, False),
+    "LSTM, projection apart": recurrence(4, 40, True, True),
+    "LSTM, gates kept": recurrence(4, 8, False, True, True),
+    "GRU, gates dropped": recurrence(3, 40, False, False, False),
+    "depthwise, 1-D": depthwise((19,), (7,), (1,), False),
+    "depthwise, 2-D strided": depthwise((7, 9), (3, 5), (2, 3), False, bias=False),
+    "depthwise, transposed": depthwise((4, 3), (5, 3), (2, 2), True),
+    "depthwise, channels last": depthwise((7, 9), (3, 5), (1, 1), False, channels_last=True),
+    "MLP, float32": mlp(torch.float32, True),
+    "MLP, fused": mlp(torch.bfloat16, True),
+    "MLP without a residual": mlp(torch.float16, False, 9),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def leaves_of(name, make, device):
+    """The operator, its arguments on the device, and the ones among them that take gradients."""
+    operator, arguments = OPERATORS[name], list(make())
+    differentiable = []
+    for i, value in enumerate(arguments):
+        if isinstance(value, torch.Tensor):
+            arguments[i] = value.to(device)
+            if not (name == "rope_attention" and i == 1):  # the table is a constant
+                arguments[i].requires_grad_()
+                differentiable.append(arguments[i])
+    return operator, arguments, differentiable
+
+
+def results_and_gradients(operator, arguments, differentiable, cotangents=None):
+    results = [r for r in operator(*arguments)[: operator.results] if r.numel()]
+    cotangents = cotangents or [torch.randn_like(r) for r in results]
+    return results, list(torch.autograd.grad(results, differentiable, cotangents)), cotangents
+
+
+def test_every_operator_has_a_case():
+    assert set(OPERATORS) == {name for name, _ in CASES.values()}
+
+
+@every_case
+def test_opcheck(case, device):
+    operator, arguments, _ = leaves_of(*case, device)
+    torch.library.opcheck(operator._forward_op, (*arguments, False))
+
+
+@every_case
+def test_compiles_as_one_graph_with_the_same_bits(case, device):
+    operator, arguments, differentiable = leaves_of(*case, device)
+    results, grads, cotangents = results_and_gradients(operator, arguments, differentiable)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *a: operator(*a), fullgraph=True, backend="aot_eager")
+    compiled.results = operator.results
+    again = results_and_gradients(compiled, arguments, differentiable, cotangents)
+    for got, want in zip([*again[0], *again[1]], [*results, *grads], strict=True):
+        assert torch.equal(got, want)
+
+
+class Watching(TorchDispatchMode):
+    """Somebody who sees every operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.seen.add(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@every_case
+def test_who_watches_sees_one_operator_and_the_same_bits(case, device, poison):
+    operator, arguments, differentiable = leaves_of(*case, device)
+    results, grads, cotangents = results_and_gradients(operator, arguments, differentiable)
+    with Watching() as mode:
+        again = results_and_gradients(operator, arguments, differentiable, cotangents)
+    assert {f"fastblocks.{operator.name}.default", f"fastblocks.{operator.name}_backward.default"} <= mode.seen
+    for got, want in zip([*again[0], *again[1]], [*results, *grads], strict=True):
+        assert torch.equal(got, want) and got.isfinite().all()
+
+
+def strided(tensor):
+    """The same values with other strides: every second element of a larger tensor, along the last dimension."""
+    wide = torch.stack((tensor, torch.full_like(tensor, float("nan"))), -1)
+    return wide[..., 0]
+
+
+def expanded_where_it_is_constant(tensor):
+    """The first entry of the first dimension for all of them, without a copy."""
+    return tensor[:1].expand_as(tensor)
+
+
+@every_case
+@pytest.mark.parametrize("layout", [strided, expanded_where_it_is_constant], ids=["strided", "expanded"])
+def test_arguments_of_any_strides(case, layout, device):
+    operator, arguments, _ = leaves_of(*case, device)
+    for i in operator.tensors:
+        if arguments[i] is None:
+            continue
+        unusual = layout(arguments[i].detach())
+        plain = unusual.clone(memory_format=torch.contiguous_format)
+        found = []
+        cotangents = None
+        for value in (plain, unusual):
+            given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+            given[i] = value
+            differentiable = [given[j] for j in operator.tensors if given[j] is not None]
+            if operator.name == "rope_attention":
+                del differentiable[1]
+            differentiable = [t.requires_grad_() for t in differentiable]
+            results, grads, cotangents = results_and_gradients(operator, given, differentiable, cotangents)
+            found.append([*results, *grads])
+        for got, want in zip(*found, strict=True):  # of other layouts sums may have another order
+            bound = 1e-5 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
+            assert relative_error(got, want) < bound, f"argument {i}"
+
+
+@every_case
+def test_only_what_is_needed_gets_a_gradient(case, device):
+    """One argument at a time wants a gradient; it is the one that it gets among all."""
+    operator, arguments, differentiable = leaves_of(*case, device)
+    _, grads, cotangents = results_and_gradients(operator, arguments, differentiable)
+    for leaf, want in zip(differentiable, grads, strict=True):
+        given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+        index = next(i for i, a in enumerate(arguments) if a is leaf)
+        given[index].requires_grad_()
+        _, (got,), _ = results_and_gradients(operator, given, [given[index]], cotangents)
+        assert torch.equal(got, want)
+
+
+@every_case
+def test_second_derivatives_under_autocast(case, device):
+    """The formula runs under the autocast of the forward pass, not under that of the backward pass."""
+    operator, arguments, _ = leaves_of(*case, device)
+    given = [a.detach().float().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if operator.name == "rope_attention":
+        given[1].requires_grad_(False)
+    dtype_at = [i for i, a in enumerate(given) if isinstance(a, torch.dtype)]
+    for x_dtype in (torch.float32, torch.bfloat16):
+        given[0] = given[0].detach().to(x_dtype).requires_grad_()
+        if operator.name == "rope_attention":  # works in the dtype of qkv
+            given[4] = None if given[4] is None else given[4].detach().to(x_dtype).requires_grad_()
+        for i in dtype_at:
+            given[i] = torch.bfloat16
+        leaves = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
+        with torch.autocast(device.type, torch.bfloat16):
+            results = [r for r in operator(*given)[: operator.results] if r.numel()]
+        first = torch.autograd.grad(sum(r.float().square().sum() for r in results), leaves, create_graph=True)
+        assert [g.dtype for g in first] == [leaf.dtype for leaf in leaves]
+        second = torch.autograd.grad(sum(g.float().square().sum() for g in first), leaves, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in second)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@every_case
+def test_on_the_second_device(case):
+    operator, arguments, differentiable = leaves_of(*case, torch.device("cuda:1"))
+    with torch.cuda.device(0):
+        results, grads, cotangents = results_and_gradients(operator, arguments, differentiable)
+    with torch.cuda.device(1):
+        again = results_and_gradients(operator, arguments, differentiable, cotangents)
+    for got, want in zip([*again[0], *again[1]], [*results, *grads], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_the_public_functions_run_on_operators(device):
+    """`explain` says triton, and autograd's graph names the operator."""
+    qkv = torch.randn(1, 6, 48, device=device, requires_grad=True)
+    with use_backend("triton"):
+        y = functional.rope_attention(qkv, functional.rope_table(6, 8).to(device), 2)
+    assert "rope_attention" in y.grad_fn.name()
