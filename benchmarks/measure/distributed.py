@@ -12,22 +12,26 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks import runners, steps, workloads
-from benchmarks.kits import describe_device
-from benchmarks.providers import EAGER, FUSED, compiled
-from benchmarks.unattended import values
+import fastblocks
+from benchmarks import original, workloads
+from benchmarks.measure.environment import describe_device
+from benchmarks.measure.settings import values
+from benchmarks.providers import BASELINE, COMPILE, FASTBLOCKS, compiled
+from benchmarks.providers.runner import make_runner
+from benchmarks.workloads import models
+from benchmarks.workloads.workload import Workload
 
-PROVIDERS = (EAGER, "compile", FUSED)
+PROVIDERS = (BASELINE, COMPILE, FASTBLOCKS)
 
 
-class DistributedGan(steps.Gan):
-    """A `steps.Gan` whose gradients are averaged over the processes.
+class DistributedGan(models.Gan):
+    """A `models.Gan` whose gradients are averaged over the processes.
 
     Args:
         gan: with its weights, where they stay.
     """
 
-    def __init__(self, gan: steps.Gan):
+    def __init__(self, gan: models.Gan):
         super().__init__(gan.model, gan.critic)
         # buffers are each process's own: broadcasting them between two forwards would spoil the first's backward
         with warnings.catch_warnings():
@@ -42,14 +46,11 @@ class DistributedGan(steps.Gan):
         return (self._together["critic"] if learns else self.critic)(mixture[:, None])
 
 
-def steps_per_second(workload: workloads.Workload, provider: str, device: torch.device, dtype: str, count: int) -> list:
+def steps_per_second(workload: Workload, provider: str, device: torch.device, dtype: str, count: int) -> list:
     """The rate of each of `count` steps, each process with its own batch, after two that are not counted."""
-    from benchmarks import original
-    from benchmarks.kits import get_kit
-
-    kit = get_kit("auto") if provider == FUSED else original
-    prepare = compiled() if provider == "compile" else lambda gan: gan
-    runner = runners.make_runner(workload, kit, device, dtype, wrap=lambda gan: DistributedGan(prepare(gan)))
+    kit = fastblocks if provider == FASTBLOCKS else original
+    prepare = compiled() if provider == COMPILE else lambda gan: gan
+    runner = make_runner(workload, kit, device, dtype, wrap=lambda gan: DistributedGan(prepare(gan)))
     generator = torch.Generator().manual_seed(dist.get_rank())
     runner.inputs = [torch.randn(t.shape, generator=generator).mul_(0.1).to(device) for t in runner.inputs]
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -58,7 +59,7 @@ def steps_per_second(workload: workloads.Workload, provider: str, device: torch.
         dist.barrier()
         sync()
         start = time.perf_counter()
-        steps.train(runner.call, runner.inputs)
+        models.step(runner.call, runner.inputs)
         sync()
         dist.barrier()
         if index >= 2:
@@ -88,7 +89,7 @@ def main(arguments: list[str]) -> int:
     cuda = torch.cuda.is_available()
     try:
         chosen, unknown = workloads.select(workloads.all_workloads(options.size), options.names)
-        unknown += [w.name for w in chosen if w.case.step is not steps.train]
+        unknown += [w.name for w in chosen if w.step is not models.step]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: only models (model-roformer, …) are measured under torchrun")
         names = values(options, "provider", PROVIDERS)

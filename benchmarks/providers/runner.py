@@ -9,11 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.case import Outputs, flatten
-from benchmarks.workloads import Workload
+from benchmarks import original
+from benchmarks.workloads.workload import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-EPSILON = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-23, "tf32": 2.0**-11}  # relative, of one rounding's ulp
+
+
+def flatten(outputs: Any) -> list[Tensor]:
+    """All tensors of nested tuples and lists, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in flatten(part)]
 
 
 class Cast:
@@ -45,8 +51,8 @@ class Runner:
     foreign: bool = False  # its weights are laid out differently: only the inputs' gradients compare
     before_call: Callable[[], None] = field(default=lambda: None)
     initial: dict[str, Tensor] = field(default_factory=dict)  # of what a training step changes
-    _outputs: Outputs = field(default_factory=list)
-    _cotangents: Outputs = field(default_factory=list)
+    _outputs: list[Tensor] = field(default_factory=list)
+    _cotangents: list[Tensor] = field(default_factory=list)
     _plain: list[Any] = field(default_factory=list)
 
     def leaves(self) -> list[Tensor]:
@@ -69,7 +75,7 @@ class Runner:
         if mode == "backward":
             outputs, self._outputs = self._outputs, []
             return self._gradients(outputs)
-        step = self.workload.case.step
+        step = self.workload.step
         if step is None:
             return self._gradients(self._forward_with_graph())
         leaves = self.leaves()
@@ -103,11 +109,11 @@ class Runner:
         for leaf in self.leaves():
             leaf.grad = None
 
-    def _forward_with_graph(self) -> Outputs:
+    def _forward_with_graph(self) -> list[Tensor]:
         self.before_call()
         return [out for out in flatten(self.call(*self.inputs)) if out.requires_grad]
 
-    def _gradients(self, outputs: Outputs) -> list[Tensor | None]:
+    def _gradients(self, outputs: list[Tensor]) -> list[Tensor | None]:
         if not self._cotangents:
             generator = torch.Generator().manual_seed(1)
             self._cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
@@ -136,24 +142,24 @@ def make_runner(
         seed: of inputs and weights.
     """
     torch.manual_seed(seed)
-    call = workload.case.build(kit)
+    call = workload.build(kit)
     own = DTYPES[dtype] if workload.is_operation else torch.float32
     weights: list[Tensor] = []
     if isinstance(call, nn.Module):
         load_weights(call, workload, seed)
         call = call.to(device, torch.float64 if double else torch.float32)
-        call.train(workload.case.step is not None)
+        call.train(workload.step is not None)
         weights = [p for p in call.parameters() if p.requires_grad]
     initial = {}
-    if workload.case.step:
+    if workload.step:
         initial = {name: tensor.clone() for name, tensor in call.state_dict().items()}
     call = wrap(call)
     if not workload.is_operation and own != DTYPES[dtype] and not double:
         call = Cast(call, lambda: torch.autocast(device.type, DTYPES[dtype]))
     inputs = []
-    for i, value in enumerate(workload.case.inputs(torch.Generator().manual_seed(seed))):
+    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(seed))):
         if isinstance(value, Tensor) and value.is_floating_point():
-            constant = i in workload.case.constant
+            constant = i in workload.constant
             value = value.to(device).to(torch.float32 if constant else own)
             value = (value.double() if double else value).detach().requires_grad_(not constant)
         inputs.append(value)
@@ -161,11 +167,9 @@ def make_runner(
 
 
 def load_weights(module: nn.Module, workload: Workload, seed: int) -> None:
-    """Give a module the original's initial weights, whatever order its own constructor draws them in."""
-    from benchmarks import original
-
+    """Give a module the baseline's initial weights, whatever order its own constructor draws them in."""
     torch.manual_seed(seed)
-    module.load_state_dict(workload.case.build(original).state_dict(), strict=True)
+    module.load_state_dict(workload.build(original).state_dict(), strict=True)
 
 
 def products(dtype: str) -> AbstractContextManager:
@@ -185,55 +189,3 @@ class _TF32:
 
     def __exit__(self, *exception) -> None:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.previous
-
-
-class GraphRunner:
-    """The same in CUDA graphs: what remains of the host's work is one launch a call. One mode at a time is held."""
-
-    def __init__(self, runner: Runner):
-        self.runner = runner
-        self._mode = ""
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-        self._results: list[Tensor | None] = []
-
-    def __getattr__(self, name: str):
-        return getattr(self.runner, name)
-
-    def capture(self, mode: str) -> None:
-        """Record a mode; what cannot be recorded raises."""
-        self.release()
-        runner, stream = self.runner, torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                runner.prepare(mode)
-                runner.run(mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        runner.release()
-        runner.reset()
-        graph, pool = torch.cuda.CUDAGraph(), None
-        if mode == "backward":
-            first = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(first):
-                runner.prepare(mode)
-            self._graphs, pool = [first], first.pool()
-        with torch.cuda.graph(graph, pool=pool):
-            self._results = runner.run(mode)
-        self._graphs.append(graph)
-        self._mode = mode
-
-    def prepare(self, mode: str) -> None:
-        if mode != self._mode:
-            self.capture(mode)
-        for graph in self._graphs[:-1]:
-            graph.replay()
-
-    def run(self, mode: str) -> list[Tensor | None]:
-        if mode != self._mode:
-            self.capture(mode)
-        self._graphs[-1].replay()
-        return self._results
-
-    def release(self) -> None:
-        self._graphs, self._results, self._mode = [], [], ""
-        self.runner.release()

@@ -8,8 +8,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from benchmarks import losses, models
-from benchmarks.clips import Mixtures, si_sdr
+from benchmarks.train import losses, models
+from benchmarks.train.clips import Mixtures, si_sdr
 
 # Sizes that learn to separate two instruments in about two minutes on two CPU cores.
 SMALL = {

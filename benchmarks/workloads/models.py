@@ -1,29 +1,25 @@
-"""Training steps of whole networks: what a model, its discriminator and their optimizers do with one batch."""
+"""Whole models: inference, and one training step with the multi-frequency discriminator and both optimizers."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import losses
+from benchmarks.train import losses, models
+from benchmarks.workloads.discriminators import WINDOWS
+from benchmarks.workloads.workload import SAMPLE_RATE, Workload, normal
 
 LEARNING_RATE = 1e-4
 CLIP_NORM = 1.0
-
-
-class Critics(nn.Module):
-    """Discriminators as one: (B, 1, samples) -> all scores, and a list of feature maps for each score.
-
-    Called with the two clips of `cases.gan_step`, it judges the first.
-    """
-
-    def __init__(self, parts: Sequence[nn.Module]):
-        super().__init__()
-        self.critics = nn.ModuleList(parts)
-
-    def forward(self, clip: Tensor, fake: Tensor | None = None) -> tuple[list[Tensor], list[list[Tensor]]]:
-        judged = [part(clip) for part in self.critics]
-        return [score for scores, _ in judged for score in scores], [maps for _, each in judged for maps in each]
+NETS = {"roformer": models.MelRoFormer, "rnn": models.MelRNN, "unet": models.MelUNet}
+SIZES = {  # arguments of each net
+    "full": {"roformer": (128, 12, 4), "rnn": (128, 9, 8), "unet": (32, 4)},
+    "cpu": {"roformer": (32, 2, 4), "rnn": (64, 2, 8), "unet": (16, 3)},
+    "toy": {"roformer": (8, 1, 2), "rnn": (8, 1, 2), "unet": (4, 2)},
+}
+CLIPS = {"full": (4, 3 * SAMPLE_RATE), "cpu": (1, SAMPLE_RATE), "toy": (1, 2000)}  # B, samples
+CRITICS = {"full": (WINDOWS, 8), "cpu": ((1024,), 4), "toy": ((256, 128), 2)}  # windows, channels
+TOY_SPECTRUM = {"sample_rate": 8000, "n_fft": 256, "hop_length": 64, "bands": 8}
 
 
 class Gan(nn.Module):
@@ -54,7 +50,7 @@ class Gan(nn.Module):
         return self._optimizers
 
 
-def train(gan: Callable, inputs: Sequence[Tensor]) -> None:
+def step(gan: Callable, inputs: Sequence[Tensor]) -> None:
     """One step: the discriminator's loss, the model's losses, both optimizers; gradients stay on the parameters.
 
     Args:
@@ -79,3 +75,24 @@ def train(gan: Callable, inputs: Sequence[Tensor]) -> None:
         nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM)
     for optimizer in optimizers:
         optimizer.step()
+
+
+def workloads(size: str) -> list[Workload]:
+    clip = CLIPS[size]
+    windows, width = CRITICS[size]
+    spectrum = TOY_SPECTRUM if size == "toy" else {}
+
+    def build(name):
+        def gan(kit):
+            critic = kit.MultiFrequencyDiscriminator(nch=1, window_sizes=list(windows), hidden_channels=width)
+            return Gan(NETS[name](kit, *SIZES[size][name], **spectrum), critic)
+
+        return gan
+
+    return [
+        Workload(
+            f"model-{name}", "model", f"{clip}, {arguments}", build(name), normal(clip, clip, scale=0.1),
+            constant=(0, 1), step=step,
+        )
+        for name, arguments in SIZES[size].items()
+    ]  # fmt: skip

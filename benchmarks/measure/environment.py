@@ -1,7 +1,6 @@
-"""Result files: what they say about the machine, where they lie, how they are read."""
+"""What the machine is, and what is measured on it."""
 
 import hashlib
-import json
 import os
 import platform
 import re
@@ -13,11 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kits import describe_device, processor
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -27,24 +22,46 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         commit: of the source, where there is no git to ask.
     """
     cuda = torch.cuda.is_available()
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = None
     return {
-        "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or git_commit(),
         "source": source_digest(),
-        "machine": describe_device(),
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "kind": device_kind(),
         "driver": driver() if cuda else None,
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": triton_version(),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
+
+
+def describe_device() -> str:
+    """One line: processor or GPU, versions, threads."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({processor()})"
+    return (
+        f"{device}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
+        f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
+    )
+
+
+def triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def device_kind() -> str:
@@ -67,7 +84,7 @@ def git_commit() -> str:
     try:
         options = {"cwd": ROOT, "capture_output": True, "text": True, "check": True, "timeout": 20}
         commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], **options).stdout.strip()
-        source = ["fastblocks", "kernels", "benchmarks/*.py", "benchmarks/original"]
+        source = ["fastblocks", "kernels", "benchmarks/*.py"]
         changed = subprocess.run(["git", "status", "--porcelain", "--", *source], **options).stdout.strip()
         return commit + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
@@ -85,51 +102,3 @@ def source_digest() -> str:
                 continue
             digest.update(f"{name}/{relative}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
-
-
-def default_path(document: dict[str, Any]) -> Path:
-    """Where a result file is kept: results/<device>/<date>-<commit>.json."""
-    return RESULTS / document["kind"] / f"{document['date'][:10]}-{document['commit'].rstrip('+')}.json"
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file's document.
-
-    Raises:
-        ValueError: if it is none.
-    """
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise ValueError(f"{path} cannot be read as JSON: {problem}") from None
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is no result file of this version")
-    return document
-
-
-def merge(old: list[dict], new: list[dict]) -> list[dict]:
-    """Rows of two runs; where both have one, a row that was timed wins, the newer first."""
-
-    def key(row: dict) -> tuple:
-        return tuple(row[name] for name in ("workload", "mode", "dtype", "provider"))
-
-    rows = {key(row): row for row in old}
-    for row in new:
-        if "median" in row or "median" not in rows.get(key(row), {}):
-            rows[key(row)] = row
-    return list(rows.values())
-
-
-def newest(kind_folder: Path, content: str) -> dict[str, Any] | None:
-    """The newest file in a device's folder that holds `content`: "results" (cases) or "rows" (workloads)."""
-    documents = [read(path) for path in sorted(kind_folder.glob("*.json"))]
-    documents = [document for document in documents if document.get(content)]
-    return max(documents, key=lambda document: document["date"], default=None)

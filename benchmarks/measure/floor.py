@@ -6,7 +6,7 @@ import torch
 
 # Measured on the device: a large copy (bytes read and written, per second), a large bf16 product (FLOP/s). The float32
 # rate without TF32 is lower, so there the floor is a bound, but a loose one.
-LIMITS = {"H200": (4.3e12, 790e12)}
+LIMITS = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 790e12)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-AUDIO = Path(__file__).parent / "audio"
+AUDIO = Path(__file__).parents[1] / "audio"
 HELD_OUT_SECONDS = 1.0
 GAIN_DB = 6.0  # every training example is made louder or softer by up to this much, its two parts independently
 

@@ -5,13 +5,12 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.limits import LIMITS
-from benchmarks.suite_table import OURS, comparison, groups
+from benchmarks.measure.floor import LIMITS
+from benchmarks.report.table import BASELINE, GRAPH, OURS, comparison, groups
+from benchmarks.workloads.attention import SWEEP
 
-SUFFIXES = (".svg", ".png", ".pdf")
-COLOURS = {"eager": "#7f7f7f", "compile": "#e6a03c", "fused": "#1f77b4", "fused-graph": "#17becf"}
+COLOURS = {BASELINE: "#7f7f7f", "compile": "#e6a03c", OURS: "#1f77b4", GRAPH: "#17becf"}
 OTHER = "#9467bd"
-SWEEP = "att-sweep-"
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -24,63 +23,46 @@ def _subtitle(document: dict) -> str:
 
 
 def speedups(path: Path, document: dict) -> bool:
-    """Bars of training speed against eager, for each workload (or of forward, where no training was measured).
+    """Bars of every provider's speed against the baseline, for each workload, from 1 to the left or right; a panel a
+    mode.
 
     Returns:
         Whether there was anything to draw.
     """
-    rows, bars = document["rows"], {}
-    mode = next((m for m in ("training", "forward", "backward") if any(r["mode"] == m for r in rows)), "training")
-    for (workload, dtype, each), members in groups(rows):
-        compared = comparison(members)
-        if each == mode and not workload.startswith(SWEEP) and "eager" in compared:
-            ratios = {name: row["to_eager"] for name, row in compared.items() if name != "eager"}
-            if ratios:
-                bars[f"{workload} {dtype}"] = ratios
-    if not bars:
+    panels: dict[str, dict[str, dict[str, float]]] = {}  # mode -> workload -> provider -> ratio
+    for (workload, dtype, mode), members in groups(document["rows"], "workload", "dtype", "mode"):
+        compared = comparison(members).items()
+        ratios = {name: row["speedup"] for name, row in compared if name != BASELINE and row.get("speedup")}
+        if ratios and mode != "backward":
+            panels.setdefault(mode, {})[f"{workload} {dtype}"] = ratios
+    if not panels:
         return False
-    names = list(dict.fromkeys(name for ratios in bars.values() for name in ratios))
-    title = {"training": "forward and backward", "forward": "forward", "backward": "backward alone"}[mode]
-    _bars(path, bars, names, f"times as fast as eager: {title}\n{_subtitle(document)}")
-    return True
-
-
-def case_speedups(path: Path, document: dict) -> bool:
-    """The same for the cases of the main job: this package against the original formulas."""
-    bars = {
-        result["name"]: {
-            mode: result[mode]["original"]["quartiles"][1] / result[mode]["fastblocks"]["quartiles"][1]
-            for mode in ("forward", "training")
-        }
-        for result in document["results"]
-    }
-    title = f"times as fast as the original formulas\n{_subtitle(document)}"
-    _bars(path, bars, ["training", "forward"], title, {"training": COLOURS["fused"], "forward": "#9ecae1"})
-    return True
-
-
-def _bars(path: Path, bars: dict, names: list[str], title: str, colours: dict | None = None) -> None:
-    colours = colours or COLOURS
-    figure = Figure(figsize=(8, 1.2 + len(bars) * (0.16 + 0.12 * len(names))), layout="constrained")
-    axis = figure.subplots()
+    places = {name: y for y, name in enumerate(dict.fromkeys(n for bars in panels.values() for n in bars))}
+    names = list(dict.fromkeys(n for bars in panels.values() for ratios in bars.values() for n in ratios))
     height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        places = [y + (i - (len(names) - 1) / 2) * height for y, ratios in enumerate(bars.values()) if name in ratios]
-        widths = [ratios[name] for ratios in bars.values() if name in ratios]
-        drawn = axis.barh(places, widths, height, label=name, color=colours.get(name, OTHER))
-        axis.bar_label(drawn, [f"{width:.2f}" for width in widths], padding=2, fontsize=6)
-    axis.set_yticks(range(len(bars)), list(bars), fontsize=8)
+    size = (1 + 4 * len(panels), 1.2 + len(places) * (0.12 + 0.12 * len(names)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, (mode, bars) in zip(axes, panels.items(), strict=True):
+        for i, name in enumerate(names):
+            own = {places[w] + (i - (len(names) - 1) / 2) * height: r[name] for w, r in bars.items() if name in r}
+            widths = [ratio - 1 for ratio in own.values()]
+            drawn = axis.barh(list(own), widths, height, 1, label=name, color=COLOURS.get(name, OTHER))
+            axis.bar_label(drawn, [f"{ratio:.2f}" for ratio in own.values()], padding=2, fontsize=6)
+        ratios = [ratio for each in bars.values() for ratio in each.values()]
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_xscale("log")
+        axis.set_xlim(min(0.7, 0.7 * min(ratios)), 1.6 * max(ratios))
+        ticks = [2.0**k for k in range(-6, 10) if axis.get_xlim()[0] <= 2.0**k <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [f"{t:g}×" for t in ticks], fontsize=7)
+        axis.minorticks_off()
+        axis.set_title(mode, fontsize=9)
+    axis.set_yticks(list(places.values()), list(places), fontsize=8)
     axis.invert_yaxis()
-    axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xscale("log")
-    ticks = [2.0**k for k in range(-2, 8)]
-    axis.set_xticks(ticks, [f"{t:g}×" for t in ticks])
-    axis.minorticks_off()
-    largest = max(max(ratios.values()) for ratios in bars.values())
-    axis.set_xlim(min(0.8, *(0.9 * min(ratios.values()) for ratios in bars.values())), 1.4 * largest)
     axis.legend(loc="lower right", fontsize=8)
-    axis.set_title(title, loc="left", fontsize=9)
+    figure.suptitle(f"times as fast as the {BASELINE}\n{_subtitle(document)}", fontsize=9)
     _save(figure, path)
+    return True
 
 
 def windowed(path: Path, document: dict) -> bool:
@@ -121,14 +103,14 @@ def roofline(path: Path, document: dict) -> bool:
     limits = next((limit for name, limit in LIMITS.items() if name in document["device"]), None)
     points = [
         row for row in document["rows"]
-        if row["provider"] in ("eager", *OURS) and row.get("floor") and row["flops"] and "median" in row
+        if row["provider"] in (BASELINE, OURS, GRAPH) and row.get("floor") and row["flops"] and "median" in row
     ]  # fmt: skip
     if limits is None or not points:
         return False
     bandwidth, rate = limits
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
-    for name in ("eager", *OURS):
+    for name in (BASELINE, OURS, GRAPH):
         own = [row for row in points if row["provider"] == name]
         x = [row["flops"] / row["bytes"] for row in own]
         axis.loglog(x, [r["flops"] / r["median"] / 1e12 for r in own], "o", ms=4, label=name, color=COLOURS[name])

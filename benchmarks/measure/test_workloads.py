@@ -1,6 +1,7 @@
-"""The standard workloads for pytest-benchmark: `pytest benchmarks --benchmark-only`, small on a CPU, full on a GPU.
+"""The standard workloads for pytest-benchmark: `pytest benchmarks --benchmark-only`, `--size cpu` or full.
 
-`-k "att-freq and fused"` selects. A provider that is wrong fails, one that cannot run here is skipped with its reason.
+`-k "att-time and fastblocks"` selects. A provider that is wrong fails, one that cannot run here is skipped with its
+reason.
 """
 
 import gc
@@ -8,14 +9,15 @@ import gc
 import pytest
 import torch
 
-from benchmarks import providers, suite
-from benchmarks.runners import products
+from benchmarks import providers
+from benchmarks.measure import suite
+from benchmarks.providers.runner import products
 from benchmarks.workloads import MODES, all_workloads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
-NAMES = providers.PROVIDERS if DEVICE.type == "cuda" else ("eager", "fused", "block-diagonal")
-WORKLOADS = all_workloads("full" if DEVICE.type == "cuda" else "small")
+NAMES = providers.PROVIDERS if DEVICE.type == "cuda" else ("baseline", "fastblocks", "block-diagonal")
+WORKLOADS = all_workloads("full" if DEVICE.type == "cuda" else "cpu")
 ROUNDS = 20 if DEVICE.type == "cuda" else 3
 
 CASES = [

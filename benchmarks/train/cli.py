@@ -9,16 +9,19 @@ import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import ModuleType
 
 import soundfile
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.clips import AUDIO, si_sdr
-from benchmarks.kits import describe_device, get_kit
-from benchmarks.pictures import draw_spectrograms
-from benchmarks.training import COLUMNS, DISCRIMINATORS, SMALL, Settings, Training
+import fastblocks
+from benchmarks import original
+from benchmarks.measure.environment import describe_device
+from benchmarks.train.clips import AUDIO, si_sdr
+from benchmarks.train.spectrograms import draw_spectrograms
+from benchmarks.train.training import COLUMNS, DISCRIMINATORS, SMALL, Settings, Training
 
 DEFAULT_STEPS = 200
 JUDGE_EVERY = 20  # steps between two judgements of the held-out seconds
@@ -38,7 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--backend", choices=("auto", "triton", "eager", "original"), default="auto")
+    parser.add_argument("--backend", choices=(*fastblocks.backend.BACKENDS, "baseline"), default="auto")
     parser.add_argument("--seed", type=int, help=f"default: {DEFAULTS.seed}")
     parser.add_argument("--batch", type=int, help=f"clips a step; default: {DEFAULTS.batch}")
     parser.add_argument("--threads", type=int, help="CPU threads; default: what PyTorch takes")
@@ -49,6 +52,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
     return options
+
+
+def get_kit(backend: str) -> ModuleType:
+    """The namespace with the blocks: the original formulas, or this package with a backend, which is selected."""
+    if backend == "baseline":
+        return original
+    fastblocks.use_backend(backend)
+    return fastblocks
 
 
 def read_checkpoint(path: Path) -> dict:
