@@ -12,6 +12,7 @@ COMMANDS = {  # name -> module, and what it does
     "train": ("benchmarks.train.cli", "train a small restoration model"),
     "compile": ("benchmarks.aot.compiling", "compile every kernel, without a GPU: registers, spills, …"),
     "tune": ("benchmarks.aot.tuning", "measure launch configurations on the GPU that is there"),
+    "host": ("benchmarks.measure.host", "what an operation costs the CPU that launches it, without a GPU"),
     "report": ("benchmarks.report.cli", "draw the tables and plots in benchmarks/results from result files"),
 }
 
