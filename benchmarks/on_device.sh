@@ -75,11 +75,11 @@ run() { # a share of the time that is left, in percent; then what the suite take
     say "left out: no time"
     return 1
   fi
-  timeout -k 5 "$(($(left) - 10))" "$python" -m benchmarks.unattended --json "$result" --append --commit "$commit" \
+  timeout -k 5 "$(($(left) - 10))" "$python" -m benchmarks --json "$result" --append --commit "$commit" \
     --budget $((($(left) - 40) * share / 100)) "$@"
 }
 # first what this package is measured by, then what has to be compiled for minutes
-run 65 --provider eager,fused,fused-graph,block-diagonal,flashrnn,liger --seconds 0.4 || status=$?
+run 65 --provider baseline,fastblocks,fastblocks-graph,block-diagonal,flashrnn,liger --seconds 0.4 || status=$?
 run 80 --provider compile,flex --mode forward,training --seconds 0.3 att-freq att-time att-long cnx-1d cnx-2d-32 \
   rows-norm-128 rows-mlp-128 band model-roformer model-unet || status=$?
 run 100 --provider max-autotune --mode forward,training --seconds 0.3 cnx-1d cnx-2d-32 || status=$?

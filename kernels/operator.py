@@ -49,12 +49,14 @@ class Operator:
         schema: of the forward pass. Its last argument is `bool keep`, whether a backward pass will follow: it is asked
             here, once, and not passed to `operator(…)`. Results have names.
         results: how many of the results are the caller's; the others are kept for the backward pass.
-        outputs: `outputs(*arguments) -> tuple` allocates the results. It is the fake implementation, too.
+        outputs: `outputs(*arguments) -> tuple` allocates the results, None for those that a call does not have. It is
+            the fake implementation, too.
         forward: `forward(outputs, *arguments)` fills them.
         saved: names of the results that the backward pass reads.
         backward: `backward(grads, needs, *arguments, *saved) -> sequence` with the gradients of the caller's results
             (None: nobody used it), which tensor arguments need one, the arguments but `keep`, and the saved results.
-            Returns a gradient for each tensor argument in order, None for what needs none.
+            Returns a gradient for each tensor argument in order, contiguous unless `gradients` says otherwise; what is
+            not needed may be None.
         formula: `formula(*arguments) -> Tensor or tuple`: the same results in plain PyTorch, from the arguments but
             `keep`, for derivatives of derivatives. It runs under the autocast that the forward pass ran under.
         gradients: `gradients(needs, *arguments) -> sequence` allocates what `backward` returns, for its fake
@@ -67,7 +69,7 @@ class Operator:
         schema: str,
         *,
         results: int,
-        outputs: Callable[..., tuple[Tensor, ...]],
+        outputs: Callable[..., tuple[Tensor | None, ...]],
         forward: Callable[..., None],
         backward: Callable[..., Sequence[Tensor | None]],
         formula: Callable[..., Tensor | tuple[Tensor, ...]],
@@ -86,31 +88,43 @@ class Operator:
         self.saved = [[r.name for r in returns].index(kept) for kept in saved]
         self._node = _node_of(self)
 
-        kept = [f"Tensor {returns[i].name}" if returns[i].name else "" for i in self.saved]
-        grads = [f"Tensor? grad_{r.name}" for r in returns[:results]]
         inputs = schema[1 : schema.index(") ->")].split(", ")[:-1]
+        grads, kept = (
+            [f"Tensor? {prefix}{returns[i].name}" for i in indices]
+            for prefix, indices in (("grad_", range(results)), ("", self.saved))
+        )
         gradients = ", ".join("Tensor" for _ in self.tensors)
         _library.define(name + schema)
         _library.define(f"{name}_backward({', '.join([*grads, 'bool[] needs', *inputs, *kept])}) -> ({gradients})")
         for device in ("CPU", "CUDA"):  # the CPU's is the interpreter's
-            _library.impl(name, self._run, device)
-            _library.impl(f"{name}_backward", self._run_backward, device)
+            _library.impl(name, self._as_operator, device)
+            _library.impl(f"{name}_backward", self._backward_as_operator, device)
         _library.impl(name, self._differentiable, "Autograd")
-        torch.library.register_fake(f"fastblocks::{name}", outputs, lib=_library)
+        torch.library.register_fake(f"fastblocks::{name}", self._fake, lib=_library)
         torch.library.register_fake(f"fastblocks::{name}_backward", self._fake_backward, lib=_library)
         self._forward_op = getattr(torch.ops.fastblocks, name).default
         self._backward_op = getattr(torch.ops.fastblocks, f"{name}_backward").default
         _declared[name] = self
 
-    def __call__(self, *arguments) -> tuple[Tensor, ...]:
+    def __call__(self, *arguments) -> tuple[Tensor | None, ...]:
         """All results, those that are kept for a backward pass included."""
         if self._is_watched(arguments):
             return self._forward_op(*arguments, False)
         if self._needs_gradients(arguments):
-            return self._node.apply(*arguments)
+            return self._node.apply(False, *arguments)
         return self._run(*arguments, False)
 
-    # ---- the forward pass
+    def rehearse(self, *arguments) -> None:
+        """Run all launchers: without gradients, and forward and backward with all of them. For `launch.recording`."""
+        self._run(*arguments, False)
+        results = self._run(*arguments, True)
+        needs = [arguments[i] is not None for i in self.tensors]
+        self.backward(results[: self.results], needs, *arguments, *[results[i] for i in self.saved])
+
+    def _run(self, *arguments) -> tuple[Tensor | None, ...]:
+        results = self.outputs(*arguments)
+        self.forward(results, *arguments)
+        return results
 
     def _is_watched(self, arguments) -> bool:
         """Whether somebody has to see this call as one operator."""
@@ -125,74 +139,71 @@ class Operator:
             arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
         )
 
-    def _run(self, *arguments) -> tuple[Tensor, ...]:
-        results = self.outputs(*arguments)
-        self.forward(results, *arguments)
-        return results
+    # ---- as registered operators, which neither take nor return None in the place of a result: an empty 1-D tensor
+
+    def _filled(self, results, arguments) -> tuple[Tensor, ...]:
+        like = arguments[self.tensors[0]]
+        return tuple(like.new_empty(0) if result is None else result for result in results)
+
+    def _as_operator(self, *arguments) -> tuple[Tensor, ...]:
+        return self._filled(self._run(*arguments), arguments)
+
+    def _fake(self, *arguments) -> tuple[Tensor, ...]:
+        return self._filled(self.outputs(*arguments), arguments)
 
     def _differentiable(self, *arguments) -> tuple[Tensor, ...]:
         """The operator at the dispatcher's key "Autograd"."""
         if self._needs_gradients(arguments):
-            return self._node.apply(*arguments[:-1])
+            return self._node.apply(True, *arguments[:-1])
         with torch._C._AutoDispatchBelowAutograd():  # in a traced graph `keep` may be True: its backward is traced, too
             return self._forward_op(*arguments)
 
-    def rehearse(self, *arguments) -> None:
-        """Run all launchers: without gradients, and forward and backward with all of them. For `launch.recording`."""
-        self._run(*arguments, False)
-        results = self._run(*arguments, True)
-        needs = [arguments[i] is not None for i in self.tensors]
-        self._run_backward(*results[: self.results], needs, *arguments, *[results[i] for i in self.saved])
-
-    # ---- the backward pass
-
-    def _run_backward(self, *arguments) -> tuple[Tensor, ...]:
-        """The gradients as operators return them: one for each tensor argument, empty where none is needed."""
-        grads, needs, rest = arguments[: self.results], arguments[self.results], arguments[self.results + 1 :]
-        return self._filled(self.backward(grads, needs, *rest), needs, rest)
+    def _backward_as_operator(self, *arguments) -> tuple[Tensor, ...]:
+        n = self.results
+        grads, needs, rest = map(_absent_as_none, arguments[:n]), arguments[n], arguments[n + 1 :]
+        n_arguments = len(self.tensors) + len(self.scalars)
+        found = self.backward(tuple(grads), needs, *rest[:n_arguments], *map(_absent_as_none, rest[n_arguments:]))
+        return self._filled([grad if needed else None for grad, needed in zip(found, needs, strict=True)], rest)
 
     def _fake_backward(self, *arguments) -> tuple[Tensor, ...]:
         needs, rest = arguments[self.results], arguments[self.results + 1 :]
-        return self._filled(self.gradients(needs, *rest), needs, rest)
+        found = self.gradients(needs, *rest)
+        return self._filled([grad if needed else None for grad, needed in zip(found, needs, strict=True)], rest)
 
-    def _like_arguments(self, needs, *arguments) -> list[Tensor]:
+    def _like_arguments(self, needs, *arguments) -> list[Tensor | None]:
         return [
             torch.empty_like(arguments[i], memory_format=torch.contiguous_format) if needed else None
             for i, needed in zip(self.tensors, needs, strict=True)
         ]
 
-    def _filled(self, grads, needs, arguments) -> tuple[Tensor, ...]:
-        """An empty tensor in the place of what is not needed: operators return no None."""
-        likes = [arguments[i] if arguments[i] is not None else arguments[self.tensors[0]] for i in self.tensors]
-        return tuple(
-            grad if needed else like.new_empty(0) for grad, needed, like in zip(grads, needs, likes, strict=True)
-        )
+
+def _absent_as_none(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None or tensor.shape == (0,) else tensor
 
 
 def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     """A call of the operator in autograd's graph, which names it."""
 
-    def forward(ctx, *arguments):
-        if operator._is_watched(arguments):
+    def forward(ctx, watched, *arguments):
+        if watched:
             with torch._C._AutoDispatchBelowAutograd():
                 results = operator._forward_op(*arguments, True)
         else:
             results = operator._run(*arguments, True)
         ctx.save_for_backward(*[arguments[i] for i in operator.tensors], *[results[i] for i in operator.saved])
-        ctx.scalars = [arguments[i] for i in operator.scalars]
+        ctx.watched, ctx.scalars = watched, [arguments[i] for i in operator.scalars]
         device = arguments[operator.tensors[0]].device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
-        # What is not the caller's, and what he did not ask for: results that are left out are empty and 1-D.
-        ctx.mark_non_differentiable(
-            *results[operator.results :], *[r for r in results[: operator.results] if r.dim() == 1]
-        )
+        kept = [r for r in results[operator.results :] if r is not None]
+        absent = [r for r in results[: operator.results] if watched and r.dim() == 1]
+        ctx.mark_non_differentiable(*kept, *absent)
         return results
 
     def backward(ctx, *grads):
         grads = grads[: operator.results]
         arguments: list = [None] * (len(operator.tensors) + len(operator.scalars))
-        result: list[Tensor | None] = [None] * len(arguments)
+        result: list[Tensor | None] = [None] * (1 + len(arguments))
         if all(grad is None for grad in grads):
             return tuple(result)
         tensors = ctx.saved_tensors
@@ -203,12 +214,15 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
         if torch.is_grad_enabled():  # somebody will differentiate the gradients
             device, dtype, enabled = ctx.autocast
             with torch.autocast(device, dtype, enabled=enabled):
-                return by_formula(operator.formula, arguments, grads)
-        needs = [ctx.needs_input_grad[i] for i in operator.tensors]
-        call = (*grads, needs, *arguments, *tensors[len(operator.tensors) :])
-        found = operator._backward_op(*call) if operator._is_watched(arguments) else operator._run_backward(*call)
+                return None, *by_formula(operator.formula, arguments, grads)
+        needs = [ctx.needs_input_grad[1 + i] for i in operator.tensors]
+        kept = tensors[len(operator.tensors) :]
+        if ctx.watched or operator._is_watched(arguments):
+            found = operator._backward_op(*grads, needs, *arguments, *kept)
+        else:
+            found = operator.backward(grads, needs, *arguments, *kept)
         for i, grad, needed in zip(operator.tensors, found, needs, strict=True):
-            result[i] = grad if needed else None
+            result[1 + i] = grad if needed else None
         return tuple(result)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

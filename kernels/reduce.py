@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fastblocks.kernels.launch import config, launch
 from fastblocks.kernels.numerics import round_to
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads of a thread in flight
 
@@ -51,7 +51,7 @@ def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
     ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
     launch(
         _sum_rows_kernel,
-        (triton.cdiv(ends[3], SUM_ROWS["BLOCK_N"]),),
+        (cdiv(ends[3], SUM_ROWS["BLOCK_N"]),),
         SUM_ROWS,
         like=partial,
         partial_ptr=partial,

@@ -20,8 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import suite, workloads
-from benchmarks.suite_table import seconds as show
+from benchmarks import workloads
+from benchmarks.measure import suite
+from benchmarks.report.units import seconds as show
+from benchmarks.workloads.workload import Workload
 
 OPERATIONS = {
     "rope_attention": ("att-freq", "att-time", "att-long", "att-huge"),
@@ -168,14 +170,14 @@ def entry(config, measured: float, before: float, device: str) -> str:
     return f"{text}  # {device}: {show(measured)}, before {show(before)}"
 
 
-def timed(workload: workloads.Workload, device: torch.device, dtype: str, seconds: float) -> tuple[float, str]:
+def timed(workload: Workload, device: torch.device, dtype: str, seconds: float) -> tuple[float, str]:
     """Median seconds of forward plus backward with this package, or infinity and why there is none."""
-    settings = suite.Settings(("training",), (dtype,), ("fused",), seconds, memory=False)
+    settings = suite.Settings(("training",), (dtype,), ("fastblocks",), seconds, memory=False)
     (row,) = suite.measure(workload, device, settings)
     return (row.timing.median, "") if row.timing else (float("inf"), row.refused)
 
 
-def tune(workload: workloads.Workload, device: torch.device, options: argparse.Namespace, console: Console) -> None:
+def tune(workload: Workload, device: torch.device, options: argparse.Namespace, console: Console) -> None:
     """Measure the neighbours of every configuration that a workload launches, and print what is better."""
     from fastblocks.kernels import runtime
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastblocks.eager.autocast import autocast_enabled, without_autocast
 from fastblocks.eager.derivatives import by_formula, in_function_transform, twice_differentiable
 
 # One recurrence with block-diagonal weights costs G times the products of G small ones, and a G-th of their steps. On a
@@ -53,16 +54,16 @@ def grouped_lstm(
 def _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, state: Tensors) -> Tensors:
     """A GRU where the state is (h,), an LSTM where it is (h, c); None: zeros."""
     directions, groups, _, hidden = weight_hh.shape
-    dtype, device = x.dtype, x.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = x.dtype
+    if dtype != torch.float64 and autocast_enabled(x.device):
+        dtype = torch.get_autocast_dtype(x.device.type)
     if state[0] is None:
         state = tuple(x.new_zeros(directions, x.shape[0], groups * hidden) for _ in state)
     inputs = tuple(None if t is None else t.to(dtype) for t in (x, weight_ih, weight_hh, bias_ih, bias_hh, *state))
     if x.is_cpu or in_function_transform():  # the state is kept in float32 through time; cuDNN does so by itself
         wide = torch.promote_types(dtype, torch.float32)
         inputs = tuple(None if tensor is None else tensor.to(wide) for tensor in inputs)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x.device):
         if in_function_transform():
             outputs = _formula_of(state)(*inputs)
         elif torch.compiler.is_compiling():

@@ -32,7 +32,8 @@ def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: T
             F.pad(weight_up, (0, 0, 0, pad)),
             F.pad(weight_down, (0, pad)),
         )
-        return _CPUSwiGLU.apply(x.reshape(-1, x.shape[-1]), gate, up, down).unflatten(0, x.shape[:-1])
+        y = _CPUSwiGLU.apply(x.reshape(-1, x.shape[-1]), gate, up, down)
+        return y.view(*x.shape[:-1], y.shape[-1])
     return _swiglu_formula(x, weight_gate, weight_up, weight_down)
 
 

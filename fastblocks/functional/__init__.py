@@ -6,14 +6,15 @@ float64; the statistics of norms, softmax and recurrent states are kept in float
 """
 
 from fastblocks.functional.attention import rope_attention, rope_table
-from fastblocks.functional.bands import band_split as band_split
-from fastblocks.functional.bands import band_unsplit as band_unsplit
+from fastblocks.functional.bands import band_split, band_unsplit
 from fastblocks.functional.convnext import convnext_mlp, depthwise_conv_layer_norm
 from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
 from fastblocks.functional.rows import rms_norm, swiglu, swiglu_mlp
-from fastblocks.functional.spectral_norm import spectral_norm as spectral_norm
+from fastblocks.functional.weights import spectral_norm
 
 __all__ = [
+    "band_split",
+    "band_unsplit",
     "convnext_mlp",
     "depthwise_conv_layer_norm",
     "grouped_gru",
@@ -21,6 +22,7 @@ __all__ = [
     "rms_norm",
     "rope_attention",
     "rope_table",
+    "spectral_norm",
     "swiglu",
     "swiglu_mlp",
 ]

@@ -25,7 +25,7 @@ from fastblocks.kernels.attention.tiles import (
 )
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 
 @triton.jit
@@ -392,7 +392,7 @@ def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | Non
         qk = torch.empty((batch, n_tokens, width // 3 * 2), dtype=qkv.dtype, device=qkv.device)
         config = plan.configs["rotate"]
         launch(
-            _rotate_kernel, (batch * 2 * n_head * triton.cdiv(n_tokens, config["BLOCK_M"]),), config, like=qkv,
+            _rotate_kernel, (batch * 2 * n_head * cdiv(n_tokens, config["BLOCK_M"]),), config, like=qkv,
             qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=qk, stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1),
             n_tokens=n_tokens, n_registers=plan.n_registers, n_head=n_head,
         )  # fmt: skip
@@ -408,13 +408,13 @@ def forward(inputs: dict, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> N
     """Fills out (B, T, C) and, to keep, lse (B, H, T)."""
     config, n_head = plan.configs["blocks_forward"], inputs["n_head"]
     launch(
-        _blocks_forward_kernel, (out.shape[0] * n_head * triton.cdiv(plan.n_tokens, config["BLOCK_M"]),),
-        config.with_(KEEP_LSE=keep), like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window,
+        _blocks_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
+        config, like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window, KEEP_LSE=keep,
     )  # fmt: skip
 
 
 def n_query_blocks(plan: Plan) -> int:
-    return triton.cdiv(plan.n_tokens, plan.configs["grad_query"]["BLOCK_M"])
+    return cdiv(plan.n_tokens, plan.configs["grad_query"]["BLOCK_M"])
 
 
 def backward(
@@ -433,7 +433,7 @@ def backward(
         **both, out_ptr=out, partial_ptr=partial, n_slots=n_slots,
     )  # fmt: skip
     launch(
-        _grad_key_kernel, (batch * n_head * triton.cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
+        _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
         **both, register_out_ptr=register_out, grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
         stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
     )  # fmt: skip

@@ -56,8 +56,8 @@ def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, keep):
     kept_rows = batch * n_head * (n_tokens + n_registers if registers_out else n_tokens)
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
-        qkv.new_empty((batch, n_registers, width // 3) if registers_out else (0,)),
-        qkv.new_empty((kept_rows if keep and not short else 0,), dtype=torch.float32),
+        qkv.new_empty((batch, n_registers, width // 3)) if registers_out else None,
+        qkv.new_empty((kept_rows,), dtype=torch.float32) if keep and not short else None,
     )
 
 
@@ -66,7 +66,8 @@ def _readable(x: Tensor | None) -> Tensor | None:
 
 
 def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, keep):
-    out, register_out, lse = outputs
+    out = outputs[0]
+    register_out, lse = (out if result is None else result for result in outputs[1:])  # a stand-in, not written
     qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     if plan.short:
@@ -88,6 +89,7 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     registers_out = registers_out and grad_register_out is not None
     grad_out = torch.zeros_like(out) if grad_out is None else _readable(grad_out)
     grad_register_out = _readable(grad_register_out) if registers_out else grad_out
+    register_out = register_out if registers_out else out  # a stand-in, not read
     qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, n_tokens, width = qkv.shape

@@ -16,7 +16,7 @@ from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _regis
 from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 
 @triton.jit
@@ -191,7 +191,7 @@ def _register_gradient_kernel(
 
 
 def n_chunks(plan: Plan) -> int:
-    return triton.cdiv(plan.n_tokens, plan.configs["register_forward"]["CHUNK"])
+    return cdiv(plan.n_tokens, plan.configs["register_forward"]["CHUNK"])
 
 
 def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
@@ -206,8 +206,8 @@ def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool
         **inputs, m_ptr=m, total_ptr=total, acc_ptr=acc, n_chunks=chunks,
     )  # fmt: skip
     launch(
-        _register_join_kernel, (batch * n_head * triton.cdiv(n_registers, JOIN_ROWS),),
-        plan.configs["register_join"].with_(KEEP_LSE=keep), like=register_out,
+        _register_join_kernel, (batch * n_head * cdiv(n_registers, JOIN_ROWS),),
+        plan.configs["register_join"], like=register_out, KEEP_LSE=keep,
         m_ptr=m, total_ptr=total, acc_ptr=acc, register_out_ptr=register_out, register_lse_ptr=register_lse,
         n_registers=n_registers, n_head=n_head, n_chunks=chunks, scale=plan.scale,
     )  # fmt: skip

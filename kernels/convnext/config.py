@@ -3,10 +3,7 @@
 from functools import cache
 
 from fastblocks.kernels.launch import LaunchConfig, config
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
+from fastblocks.kernels.runtime import power_of_two
 
 
 @cache
@@ -30,13 +27,13 @@ def depthwise_conv(
     Nothing here is timed; that smaller tiles pay where the grid would not fill the device is a prediction.
     """
     run = max(vector, 4)
-    block_c = _power_of_two(channels) if all_channels else min(64, _power_of_two(channels))
+    block_c = power_of_two(channels) if all_channels else min(64, power_of_two(channels))
     block_c = max(16, block_c)
     warps = 16 if block_c >= 512 else 8 if block_c >= 64 and all_channels else 4
     accumulators = 16 if strided or (warps == 16 and itemsize == 4) else 32
     runs = max(1, warps * 32 * accumulators // (block_c * run))
-    block_w = min(runs, _power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
-    block_h = min(runs // block_w, _power_of_two(sizes[0]))
+    block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
+    block_h = min(runs // block_w, power_of_two(sizes[0]))
     slices = batch * -(-channels // block_c)
     while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
         block_h //= 2
@@ -52,7 +49,7 @@ def norm_backward(architecture: str, multiprocessors: int, *, channels: int, row
     A tile of 2048 elements in 4 warps is 16 a thread; with three tiles of sums that is under 100 registers. Two
     programs a multiprocessor: the second stage reads 12 bytes a channel and program.
     """
-    block_c = max(16, _power_of_two(channels))
+    block_c = max(16, power_of_two(channels))
     warps = 8 if block_c >= 1024 else 4
     block_m = max(1, warps * 512 // block_c)
     programs = max(1, min(-(-rows // block_m), multiprocessors * (2 if warps == 8 else 4)))
@@ -78,10 +75,10 @@ def grad_weight(
     multiprocessor is a prediction.
     """
     run = 4
-    block_c = min(64, max(16, _power_of_two(channels)))
+    block_c = min(64, max(16, power_of_two(channels)))
     runs = (1024 if block_c == 64 else 512) // block_c
-    block_w = min(runs, _power_of_two(-(-sizes[1] // run)))
-    block_h = min(runs // block_w, _power_of_two(sizes[0]))
+    block_w = min(runs, power_of_two(-(-sizes[1] // run)))
+    block_h = min(runs // block_w, power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
     slabs = max(1, min(tiles, 4 * multiprocessors // (parts * -(-channels // block_c))))
     warps = 8 if fused and block_c == 64 else 4
@@ -91,7 +88,7 @@ def grad_weight(
 @cache
 def sum_slabs(channels: int) -> LaunchConfig:
     """Second stage of sums over positions: 32 slabs a step, whole sectors of channels."""
-    return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, _power_of_two(channels))))
+    return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, power_of_two(channels))))
 
 
 @cache
@@ -101,7 +98,7 @@ def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int,
     Weights' gradients hold both weights' chunks as operands and both gradients as sums: 32 × 32 takes 168-241
     registers at 64 channels, 64 rows or hidden units spill there, and everything does at 128. Not timed.
     """
-    block_c, block_o = (max(16, _power_of_two(c)) for c in (channels, c_out))
+    block_c, block_o = (max(16, power_of_two(c)) for c in (channels, c_out))
     wide = max(block_c, block_o) >= 128 or itemsize == 4
     blocks = {"BLOCK_C": block_c, "BLOCK_O": block_o}
     if which == "forward":
@@ -116,13 +113,13 @@ def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int,
 @cache
 def transposing(channels: int) -> LaunchConfig:
     """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both."""
-    return config(8, BLOCK_S=64, BLOCK_C=min(64, max(16, _power_of_two(channels))))
+    return config(8, BLOCK_S=64, BLOCK_C=min(64, max(16, power_of_two(channels))))
 
 
 @cache
 def pointwise(columns: int) -> LaunchConfig:
     """Rows of hidden units with a sum a column: 8 elements a thread and tensor, 128 columns for whole 16-byte loads."""
-    return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, _power_of_two(columns))))
+    return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, power_of_two(columns))))
 
 
 def slabs(multiprocessors: int, tiles: int, columns: int) -> int:

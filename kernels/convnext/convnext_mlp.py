@@ -26,7 +26,7 @@ from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.reduce import sum_rows
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 __all__ = ["convnext_mlp", "unsupported_reason"]
 
@@ -153,7 +153,7 @@ def _outputs(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     kept = keep and not _is_fused(x, weight2, dtype, FUSED_CHANNELS)
     return (
         x.new_empty((x.shape[0], weight2.shape[0], *x.shape[1:-1]), dtype=y_dtype),
-        x.new_empty((math.prod(x.shape[:-1]), weight1.shape[0]) if kept else (0,), dtype=dtype),
+        x.new_empty((math.prod(x.shape[:-1]), weight1.shape[0]), dtype=dtype) if kept else None,
     )
 
 
@@ -175,16 +175,16 @@ def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
         weights = _operand(weight1, dtype), bias1.contiguous(), None, _operand(weight2, dtype), bias2
         mlp.fused_forward(rows, *weights, residual, flat_y, "gelu")
         return
-    if not keep:
-        pre = pre.new_empty((rows.shape[0], weight1.shape[0]))
+    if pre is None:
+        pre = x.new_empty((rows.shape[0], weight1.shape[0]), dtype=dtype)
     torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t(), out=pre)
     product = torch.mm(torch.nn.functional.gelu(pre), weight2.to(dtype).t())
     positions, chosen = flat_y.shape[2], config.transposing(c_out)
-    blocks_s = triton.cdiv(positions, chosen["BLOCK_S"])
+    blocks_s = cdiv(positions, chosen["BLOCK_S"])
     strides = (0, 0, 0) if residual is None else residual.stride()
     launch(
         _finish_kernel,
-        (batch * blocks_s, triton.cdiv(c_out, chosen["BLOCK_C"])),
+        (batch * blocks_s, cdiv(c_out, chosen["BLOCK_C"])),
         chosen,
         like=x,
         product_ptr=product,
@@ -225,7 +225,7 @@ def _backward(grads, needs, x, weight1, bias1, weight2, bias2, residual, dtype, 
             "gelu",
         )
         return grad_x, *(found or [None] * 4), grad_residual
-    if not pre.numel():
+    if pre is None:
         pre = torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t())
     grad_rows, partial2 = _to_rows(grad_y, dtype)
     grad_pre = torch.mm(grad_rows, weight2.to(dtype))
@@ -246,7 +246,7 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, c_out, positions = grad_y.shape
     rows = torch.empty((batch * positions, c_out), dtype=dtype, device=grad_y.device)
     chosen = config.transposing(c_out)
-    blocks_s, blocks_c = triton.cdiv(positions, chosen["BLOCK_S"]), triton.cdiv(c_out, chosen["BLOCK_C"])
+    blocks_s, blocks_c = cdiv(positions, chosen["BLOCK_S"]), cdiv(c_out, chosen["BLOCK_C"])
     slabs = config.slabs(runtime.multiprocessors(grad_y.device), batch * blocks_s, blocks_c)
     partial = torch.empty((slabs, c_out), dtype=torch.float32, device=grad_y.device)
     launch(
@@ -273,8 +273,8 @@ def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     n_rows, hidden_units = pre.shape
     hidden = torch.empty_like(grad)
     chosen = config.pointwise(hidden_units)
-    blocks_f = triton.cdiv(hidden_units, chosen["BLOCK_F"])
-    slabs = config.slabs(runtime.multiprocessors(pre.device), triton.cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
+    blocks_f = cdiv(hidden_units, chosen["BLOCK_F"])
+    slabs = config.slabs(runtime.multiprocessors(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
     partial = torch.empty((slabs, hidden_units), dtype=torch.float32, device=pre.device)
     launch(
         _grad_activation_kernel,

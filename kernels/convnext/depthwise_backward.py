@@ -23,7 +23,7 @@ from fastblocks.kernels.convnext import config
 from fastblocks.kernels.convnext.depthwise import _pack, _unpack, convolve, span, vector_of
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 # Taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 a thread are 64 registers.
 MAX_TAPS = 8
@@ -357,7 +357,7 @@ def backward(
     )
     launch(
         _grad_weight_kernel,
-        (parts * slabs, triton.cdiv(channels, chosen["BLOCK_C"])),
+        (parts * slabs, cdiv(channels, chosen["BLOCK_C"])),
         chosen,
         like=x,
         x_ptr=x,
@@ -412,7 +412,7 @@ def backward(
     chosen = config.sum_slabs(channels)
     launch(
         _sum_slabs_kernel,
-        (kernel[0] * kernel[1] + 3, triton.cdiv(channels, chosen["BLOCK_C"])),
+        (kernel[0] * kernel[1] + 3, cdiv(channels, chosen["BLOCK_C"])),
         chosen,
         like=x,
         weight_partial_ptr=weight_partial,

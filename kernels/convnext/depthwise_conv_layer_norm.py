@@ -60,8 +60,9 @@ def _pair(numbers) -> tuple[int, int]:
 
 def _outputs(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep):
     y = x.new_empty((x.shape[0], *sizes, x.shape[1]), dtype=dtype)
-    rstd = x.new_empty(y.shape[:-1] if keep else (0,), dtype=torch.float32)
-    return y, x.new_empty(y.shape if keep else (0,), dtype=dtype), rstd
+    if not keep:
+        return y, None, None
+    return y, torch.empty_like(y), x.new_empty(y.shape[:-1], dtype=torch.float32)
 
 
 def _forward(outputs, x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep):
@@ -81,8 +82,8 @@ def _forward(outputs, x, weight, bias, norm_weight, norm_bias, stride, transpose
         norm_weight.contiguous(),
         norm_bias.contiguous(),
         y.view(batch, height, width, channels).permute(0, 3, 1, 2),
-        normalized if keep else None,
-        rstd if keep else None,
+        normalized,
+        rstd,
         kernel=kernel,
         stride=_pair(stride),
         transposed=transposed,

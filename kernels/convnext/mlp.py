@@ -22,7 +22,7 @@ from fastblocks.kernels.convnext import config
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.reduce import sum_rows
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 
 @triton.jit
@@ -330,7 +330,7 @@ def fused_forward(
     chosen = config.mlp(
         runtime.architecture(x.device), "forward", x.shape[1], c_out, x.element_size(), weight3 is not None
     )
-    blocks_s = triton.cdiv(positions, chosen["BLOCK_M"])
+    blocks_s = cdiv(positions, chosen["BLOCK_M"])
     strides = (0, 0, 0) if residual is None else residual.stride()
     launch(
         _mlp_forward_kernel,
@@ -401,12 +401,12 @@ def fused_backward(
     gated = weight3 is not None
     if grad_x is not None:
         chosen = config.mlp(architecture, "grad_x", channels, c_out, x.element_size(), gated)
-        blocks_s = triton.cdiv(positions, chosen["BLOCK_M"])
+        blocks_s = cdiv(positions, chosen["BLOCK_M"])
         grid = (batch * blocks_s,)
         launch(_mlp_grad_x_kernel, grid, chosen, like=x, grad_x_ptr=grad_x, blocks_s=blocks_s, **shared)
     if grads is not None:
         chosen = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
-        blocks_s, chunks = triton.cdiv(positions, chosen["BLOCK_M"]), triton.cdiv(hidden, chosen["BLOCK_F"])
+        blocks_s, chunks = cdiv(positions, chosen["BLOCK_M"]), cdiv(hidden, chosen["BLOCK_F"])
         slabs = max(1, min(batch * blocks_s, runtime.multiprocessors(x.device) // chunks))
         partial = torch.empty((slabs, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
         launch(

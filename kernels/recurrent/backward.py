@@ -36,7 +36,7 @@ from fastblocks.kernels.recurrent.forward import (
 )
 from fastblocks.kernels.recurrent.weights import weight_gradients
 from fastblocks.kernels.reduce import sum_rows
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 
 @triton.jit(do_not_specialize=["batch", "length", "groups"])
@@ -264,14 +264,14 @@ def backward(
     h_first: Tensor | None,
     c_first: Tensor | None,
     y: Tensor,
-    gates: Tensor,
-    cell: Tensor,
+    gates: Tensor | None,
+    cell: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes; None of a None."""
     dtype = y.dtype
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    recompute = gates.numel() == 0
+    recompute = gates is None
     if recompute and not fused:
         again = outputs(x, weight_ih, weight_hh, bias_ih, dtype, KEEP_GATES)
         forward(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, *again)
@@ -280,7 +280,7 @@ def backward(
     tile = tile_of(groups, inputs, hidden)
     units, float32 = tile["PACK"] * tile["UNITS"], dtype == torch.float32
     config = at_least(table.time_loop(units, lstm, True, fused, float32, h_first is not None))
-    tiles = triton.cdiv(batch, config["BLOCK_B"])
+    tiles = cdiv(batch, config["BLOCK_B"])
     grad_x = grad_sums = partial = None
     if fused:
         grad_x = x.new_empty(directions, batch, length, groups * inputs)
@@ -303,7 +303,7 @@ def backward(
         h_first_ptr=h_first,
         c_first_ptr=c_first,
         gates_ptr=None if recompute else gates.view(torch.int64),
-        cell_ptr=cell if cell.numel() else None,
+        cell_ptr=cell,
         y_ptr=y,
         grad_x_ptr=grad_x,
         grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),

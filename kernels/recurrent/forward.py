@@ -2,6 +2,8 @@
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ from fastblocks.kernels.recurrent.cell import (
     tanh,
     unpack,
 )
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
 # Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
 # loop: the sums of the weights' gradients fit its registers, and no gate or gradient of one travels through memory.
@@ -32,6 +34,10 @@ FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
 
 # Columns of the smallest product: Triton before 3.6 takes 16.
 LEAST_COLUMNS = 8 if runtime.VERSION >= (3, 6) else 16
+
+# One instruction, `tanh.approx`, good to 11 bits: enough for bfloat16, too little for float16. Inline PTX, which
+# tools that execute Triton's IR do not know: they may ask for the formula instead.
+HARDWARE_TANH = True
 
 # What the forward pass keeps for the backward one.
 KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
@@ -154,11 +160,12 @@ def _grouped_rnn_forward_kernel(
         tl.store(c_last_ptr + state_index, round_to(c, DTYPE), mask=mask)
 
 
+@cache
 def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G, but not past
     FUSED_LIMIT inputs: 4 groups of 32 spilled 3.4 KB a thread in backward."""
     pack = 1
-    width, depth = triton.next_power_of_2(hidden), triton.next_power_of_2(inputs)
+    width, depth = power_of_two(hidden), power_of_two(inputs)
     most = FUSED_LIMIT if inputs <= FUSED_LIMIT else depth * groups  # past the limit no tile holds inputs
     while 2 * pack * width <= 16 and groups % (2 * pack) == 0 and 2 * pack * depth <= most:
         pack *= 2
@@ -169,8 +176,7 @@ def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
 def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
     if dtype == torch.float32:
         return {"ACTIVATION": "exact", "PRECISION": "tf32" if runtime.allows_tf32() else "ieee"}
-    # tanh.approx is good to 11 bits: enough for bfloat16's 8, too little for float16's 11.
-    hardware = dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
+    hardware = HARDWARE_TANH and dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
@@ -212,16 +218,16 @@ def at_least(config: LaunchConfig) -> LaunchConfig:
 
 def outputs(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype, keep: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Memory for y, the final h and c (a GRU has no c), and what is kept: gates, cell; empty where there is nothing."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Memory for y, the final h and c (a GRU has no c), and what is kept: gates, cell; None where there is nothing."""
     batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     state, cell = (directions, batch, groups * hidden), (groups, batch * length, directions, hidden)
     return (
         x.new_empty((batch, length, groups * directions * hidden), dtype=dtype),
         x.new_empty(state, dtype=dtype),
-        x.new_empty(state if lstm else 0, dtype=dtype),
-        x.new_empty((*cell, 4) if keep == KEEP_GATES else 0, dtype=dtype),
-        x.new_empty(cell if keeps_cell(keep, fused, lstm) else 0, dtype=dtype),
+        x.new_empty(state, dtype=dtype) if lstm else None,
+        x.new_empty((*cell, 4), dtype=dtype) if keep == KEEP_GATES else None,
+        x.new_empty(cell, dtype=dtype) if keeps_cell(keep, fused, lstm) else None,
     )
 
 
@@ -235,12 +241,12 @@ def forward(
     c_first: Tensor | None,
     y: Tensor,
     h_last: Tensor,
-    c_last: Tensor,
-    gates: Tensor,
-    cell: Tensor,
+    c_last: Tensor | None,
+    gates: Tensor | None,
+    cell: Tensor | None,
 ) -> None:
     """Fills what `outputs` allocated; gates and cells are kept where there is memory for them."""
-    dtype, keep_gates = y.dtype, gates.numel() > 0
+    dtype, keep_gates = y.dtype, gates is not None
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     if not fused:
         if not keep_gates:
@@ -250,7 +256,7 @@ def forward(
     config = at_least(table.time_loop(tile["PACK"] * tile["UNITS"], lstm, False, fused, dtype == torch.float32))
     launch(
         _grouped_rnn_forward_kernel,
-        (groups // tile["PACK"] * directions * triton.cdiv(batch, config["BLOCK_B"]),),
+        (groups // tile["PACK"] * directions * cdiv(batch, config["BLOCK_B"]),),
         config,
         like=x,
         x_ptr=x,
@@ -260,11 +266,11 @@ def forward(
         bias_hh_ptr=bias_hh,
         h_first_ptr=h_first,
         c_first_ptr=c_first,
-        gates_ptr=gates.view(torch.int64) if keep_gates or not fused else None,
-        cell_ptr=cell if cell.numel() else None,
+        gates_ptr=None if gates is None else gates.view(torch.int64),
+        cell_ptr=cell,
         y_ptr=y,
         h_last_ptr=h_last,
-        c_last_ptr=c_last if lstm else None,
+        c_last_ptr=c_last,
         batch=batch,
         length=length,
         groups=groups,

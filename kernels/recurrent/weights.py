@@ -12,7 +12,7 @@ from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.reduce import sum_rows
-from fastblocks.kernels.runtime import tl, triton
+from fastblocks.kernels.runtime import cdiv, tl, triton
 
 SLICE = 1024  # rows of B·T a slice at least: less is not worth a partial result of S·H × K floats
 SLICES = 32  # at most: 48 tiles × 32 slices are 11 waves of 132 multiprocessors at H 128, G 4
@@ -100,15 +100,15 @@ def weight_gradients(
     batch, length, _ = x.shape
     directions, groups, rows, inputs = grad_weight_ih.shape
     hidden = grad_weight_hh.shape[3]
-    slices = min(SLICES, triton.cdiv(batch * length, SLICE))
-    slice_rows = triton.cdiv(batch * length, slices)
+    slices = min(SLICES, cdiv(batch * length, SLICE))
+    slice_rows = cdiv(batch * length, slices)
     partial = x.new_empty(slices, grad_weight_ih.numel() + grad_weight_hh.numel(), dtype=torch.float32)
     config = table.weight_gradient(grad_sums.dtype == torch.float32)
     for operand, size, first, out in (
         (x, inputs, None, partial),
         (y, hidden, h_first, partial[:, grad_weight_ih.numel() :]),
     ):
-        tiles = triton.cdiv(4 * hidden, config["BLOCK_N"]) * triton.cdiv(size, config["BLOCK_K"])
+        tiles = cdiv(4 * hidden, config["BLOCK_N"]) * cdiv(size, config["BLOCK_K"])
         launch(
             _recurrent_weight_gradient_kernel,
             (tiles, directions * groups, slices),

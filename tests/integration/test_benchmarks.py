@@ -1,4 +1,4 @@
-"""The benchmark's two providers agree on every case, and its command line says what is wrong with what it is given."""
+"""The standard workloads: what they cover, how they are timed, and the command line that says what is wrong."""
 
 import copy
 import importlib.util
@@ -9,63 +9,64 @@ import pytest
 import torch
 
 import fastblocks
-from benchmarks import original
+from benchmarks import original, providers
 from benchmarks.__main__ import main
-from benchmarks.case import make_instances, worst_error
-from benchmarks.cases import all_cases
-from benchmarks.timing import Timing, interleaved, peak_bytes
+from benchmarks.measure.error import errors
+from benchmarks.measure.timing import Timing, interleaved, peak_bytes
+from benchmarks.workloads import FAMILIES, SIZES, all_workloads, select
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TOYS = {case.name: case for case in all_cases(toy=True)}
-TOLERANCE = 2e-4  # float32 against float32, gradients of whole models included
+CPU = torch.device("cpu")
 
 
-@pytest.mark.filterwarnings("ignore:.*cover no bin:UserWarning")
-@pytest.mark.parametrize("name", TOYS)
-def test_providers_agree_on_outputs_and_gradients(name):
-    kits = {"original": original, "fastblocks": fastblocks}
-    one, other = make_instances(TOYS[name], kits, torch.device("cpu")).values()
-    for instance in (one, other):
-        instance.set_training(False)
-    assert worst_error(other.forward(), one.forward()) < TOLERANCE
-    one.train(), other.train()
-    pairs = [(a.grad, b.grad) for a, b in zip(one.leaves(), other.leaves(), strict=True)]
-    assert any(a is not None for a, _ in pairs)
-    assert all((a is None) == (b is None) for a, b in pairs)
-    for a, b in pairs:
-        if a is not None:
-            assert worst_error([b], [a]) < TOLERANCE or (a - b).abs().max() < 1e-6
+@pytest.mark.parametrize("size", SIZES)
+def test_every_class_has_a_workload(size):
+    asked = set()
+
+    class Kit:
+        def __getattr__(self, name):
+            asked.add(name)
+            return getattr(original, name)
+
+    for workload in all_workloads(size):
+        workload.build(Kit())
+    assert set(original.__all__) - asked == set()
 
 
-def test_every_public_operation_and_class_has_a_case():
-    operations = {name for name in TOYS if name.startswith("op-")}
-    for function in fastblocks.functional.__all__:
-        wanted = {"rope_table": "op-attention", "rope_attention": "op-attention"}.get(function, f"op-{function}")
-        assert wanted in operations
-    cases = " ".join(TOYS)
-    for cls in original.__all__:
-        assert cls == "functional" or cls in cases
+@pytest.mark.parametrize("size", ["toy", "cpu"])
+def test_every_function_has_a_workload(size):
+    called = set()
+    for workload in all_workloads(size):
+        if workload.what in ("operation", "layer", "discriminator"):  # spectral norm is measured in its discriminators
+            inputs = workload.inputs(torch.Generator().manual_seed(0))
+            called |= {
+                line.partition(":")[0] for line in fastblocks.explain(workload.build(fastblocks), *inputs).split("\n")
+            }
+    assert set(fastblocks.functional.__all__) - called == {"rope_table"}
 
 
-@pytest.mark.parametrize("name", ["full", "toy"])
-def test_names_are_unique(name):
-    names = [case.name for case in all_cases(toy=name == "toy")]
+@pytest.mark.parametrize("size", SIZES)
+def test_names_are_unique_and_a_family_selects_its_own(size):
+    everything = all_workloads(size)
+    names = [workload.name for workload in everything]
     assert len(set(names)) == len(names)
+    families = [select(everything, [family]) for family in FAMILIES]
+    assert [w.name for found, _ in families for w in found] == names and not any(unknown for _, unknown in families)
+    assert select(everything, ["att-time", "at"])[1] == ["at"]
+    assert {w.name for w in select(everything, ["att-time"])[0]} == {"att-time", "att-time-block"}
 
 
 def test_reference_in_float64_is_float64():
-    """The original's float32 islands must not leak into the reference of the error columns."""
-    (single,) = make_instances(TOYS["RoFormerBlock"], {"original": original}, torch.device("cpu")).values()
-    (double,) = make_instances(
-        TOYS["RoFormerBlock"], {"original": original}, torch.device("cpu"), torch.float64
-    ).values()
-    (out,) = double.forward()
+    """The baseline's float32 islands must not leak into the reference of the error columns."""
+    (workload,) = (w for w in all_workloads("toy") if w.name == "att-time-block")
+    double, single = providers.reference(workload, CPU, "fp32"), providers.prepare("baseline", workload, CPU, "fp32")
+    (out,) = double.run("forward")
     assert out.dtype == torch.float64
     nudged = copy.deepcopy(double)
-    nudged.inputs[0] = double.inputs[0].detach() + 1e-12
-    change = (nudged.forward()[0] - out).abs().max()
+    nudged._plain = [double.inputs[0].detach() + 1e-12]
+    change = (nudged.run("forward")[0] - out).abs().max()
     assert 1e-13 < change < 1e-9  # float32 anywhere would give 0 or 1e-7
-    assert worst_error(single.forward(), [out]) > 1e-9
+    assert errors(single.run("forward"), [out])[0] > 1e-9
 
 
 @pytest.mark.parametrize("kit", ["benchmarks.original", "fastblocks"])
@@ -95,30 +96,37 @@ def test_peak_bytes_counts_what_lives_at_one_time():
         del a
         return b * 2  # b and the product
 
-    assert 8e6 <= peak_bytes(run, torch.device("cpu")) < 8.1e6
+    assert 8e6 <= peak_bytes(run, CPU) < 8.1e6
 
 
-def test_command_line(tmp_path, capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the defaults are others")
+def test_command_line_without_a_gpu(tmp_path, capsys):
+    """What `python -m benchmarks` does there: cpu size, forward and training, baseline beside fastblocks."""
     file = tmp_path / "result.json"
-    assert main(["op-rms_norm", "--seconds", "0.05", "--json", str(file)]) == 0
+    assert main(["rows-norm", "--seconds", "0.05", "--json", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "torch" in out and "op-rms_norm" in out and "ratio" in out
-    (result,) = json.loads(file.read_text())["results"]
-    assert result["name"] == "op-rms_norm" and len(result["forward"]["original"]["samples"]) >= 2
-    assert result["bytes"] == 4 * (2 * 16384 * 128 + 128)
+    assert "torch" in out and "[1/1] rows-norm-128 fp32 training: baseline " in out
+    assert "forward ms" in out and "error" in out and "1 workloads" in out
+    table = out[out.index("\n", out.rindex("[1/1]")) :]
+    assert "rows-norm-128" in table and "…" not in table and max(map(len, table.splitlines())) <= 80
+    rows = json.loads(file.read_text())["rows"]
+    expected = [(mode, name) for mode in ("forward", "training") for name in ("baseline", "fastblocks")]
+    assert [(row["mode"], row["provider"]) for row in rows] == expected
+    assert all(row["samples"] >= 2 and row["median"] > 0 for row in rows)
+    assert rows[0]["bytes"] == 4 * (2 * 16384 * 128 + 128)
 
 
 def test_list(capsys):
-    assert main(["--list", "Discriminator"]) == 0
+    assert main(["--list", "--size", "cpu", "disc"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_unknown_name_is_an_error_that_names_the_choices(capsys):
-    assert main(["no-such-case"]) == 2
+    assert main(["no-such-workload", "--size", "cpu"]) == 2
     message = capsys.readouterr().err
-    assert "no-such-case" in message and "op-rms_norm" in message and "Traceback" not in message
+    assert "no-such-workload" in message and "rows-norm-128" in message and "Traceback" not in message
 
 
 def test_json_into_a_missing_folder_is_an_error_before_anything_runs(tmp_path, capsys):
-    assert main(["op-rms_norm", "--json", str(tmp_path / "missing" / "x.json")]) == 2
+    assert main(["rows", "--json", str(tmp_path / "missing" / "x.json")]) == 2
     assert "missing" in capsys.readouterr().err

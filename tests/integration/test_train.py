@@ -8,9 +8,9 @@ import pytest
 import soundfile
 import torch
 
-from benchmarks import training
-from benchmarks.clips import Mixtures, si_sdr
-from benchmarks.train import main
+from benchmarks.train import models, training
+from benchmarks.train.cli import main
+from benchmarks.train.clips import Mixtures, si_sdr
 
 RATE = 8000
 
@@ -30,8 +30,6 @@ def folders(tmp_path):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Models of a few channels, and one thread: sums in one order."""
-    from benchmarks import models
-
     size = {"n_fft": 256, "hop_length": 128, "bands": 8}
     monkeypatch.setitem(training.SMALL, "roformer", lambda k, r: models.MelRoFormer(k, 8, 1, 2, sample_rate=r, **size))
     monkeypatch.setitem(training.SMALL, "rnn", lambda k, r: models.MelRNN(k, 8, 1, 2, sample_rate=r, **size))

@@ -10,6 +10,7 @@ from tests.reference import attention as reference
 
 pytest.importorskip("triton")
 
+from fastblocks.kernels import launch
 from fastblocks.kernels.attention import config
 from fastblocks.kernels.attention import operator as attention
 
@@ -97,6 +98,50 @@ def test_windows(device, blocks, window):
     check(device, 1, 150, 1, 16, window=window)
 
 
+@pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=lambda shape: "{}x{}".format(*shape))
+def small_blocks(request, blocks, monkeypatch):
+    """The kernels for long sequences in blocks so small that their edges meet those of windows in every way."""
+    block_m, block_n = request.param
+    original = config.launch_config
+
+    def launch_config(kernel, *arguments):
+        if kernel in ("blocks_forward", "grad_query", "grad_key"):
+            return launch.config(4, 1, BLOCK_M=block_m, BLOCK_N=block_n)
+        return original(kernel, *arguments)
+
+    monkeypatch.setattr(config, "launch_config", launch_config)
+
+
+@pytest.mark.parametrize("tokens", [47, 64])
+def test_edges_of_windows_and_of_blocks(device, small_blocks, tokens):
+    """Half windows from one row of a block to whole blocks, ± 1: what is seen by all rows of a block needs no mask."""
+    qkv, rope, _ = make(device, 1, tokens, 1, 8)
+    upstream = torch.randn(1, tokens, 8, device=device)
+    halves = {0, 1, 7, 8, *(16 * blocks + i for blocks in (1, 2, 3) for i in (-2, -1, 0, 1))}
+    for half_window in sorted(half for half in halves if half < tokens):
+        window = 2 * half_window + 1
+        out, _, grad, _ = run("triton", qkv, rope, 1, window, None, False, [upstream])
+        wide = qkv.double().requires_grad_()
+        want = reference.rope_attention(wide, rope, 1, window)[0]
+        (want_grad,) = torch.autograd.grad(want, wide, upstream.double())
+        for what, a, b in (("out", out, want), ("gradient", grad, want_grad)):
+            assert relative_error(a, b) < 1e-5, f"{what} of window {window}"
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("tokens", [2, 3, 17])
+def test_the_largest_window_that_is_not_full(device, in_blocks, tokens, request):
+    """Of window 2T - 3 the first token and the last do not see each other, of 2T - 2 they do."""
+    if in_blocks:
+        request.getfixturevalue("blocks")
+    qkv, rope, _ = make(device, 1, tokens, 1, 8)
+    for window in range(max(1, 2 * tokens - 4), 2 * tokens):
+        want = reference.rope_attention(qkv, rope, 1, window)[0]
+        for name in ("triton", "eager"):
+            with use_backend(name):
+                assert relative_error(functional.rope_attention(qkv, rope, 1, window=window), want) < 1e-5, window
+
+
 @pytest.mark.parametrize("window", [1, 2, 9, 40])
 def test_windows_of_short_sequences(device, window):
     check(device, 1, 50, 2, 16, window=window)
@@ -120,6 +165,11 @@ def test_registers_in_blocks(device, blocks, dtype, shared, registers_out):
 @pytest.mark.parametrize("registers", [1, 17, 64])
 def test_many_registers_in_blocks(device, blocks, registers):
     check(device, 1, 140, 1, 16, 30, registers, True, True)
+
+
+def test_partial_sums_of_registers_in_several_tiles(device, blocks, monkeypatch):
+    monkeypatch.setattr(config, "PARTIAL_TILE", 32)  # two partial sums a tile, of 1 + 7 and, of q, of 4
+    check(device, 2, 200, 1, 16, 40, 3, True, True)
 
 
 def test_registers_without_a_window_in_blocks(device, blocks):
@@ -227,6 +277,23 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
                 assert reason in attention.unsupported_reason(x, table, 1, -1, registers, False)
                 continue
         assert decisions[0].backend == "eager" and reason in decisions[0].reason, decisions
+
+
+def test_a_rope_table_that_is_learned_gets_its_gradient(device):
+    """The kernels have no gradient of it, so plain PyTorch takes the call."""
+    qkv, rope, _ = make(device, 1, 12, 1, 8)
+    wide = rope.double().requires_grad_()
+    upstream = torch.randn(1, 12, 8, device=device)
+    with use_backend("eager"):
+        want = functional.rope_attention(qkv.double(), wide, 1)
+    (want,) = torch.autograd.grad(want, wide, upstream.double())
+    rope.requires_grad_()
+    qkv.requires_grad_()
+    with use_backend("triton"), backend._watch() as decisions:
+        out = functional.rope_attention(qkv, rope, 1)
+    assert decisions[0].backend == "eager" and "rope table" in decisions[0].reason, decisions
+    got, _ = torch.autograd.grad(out, (rope, qkv), upstream)
+    assert want.abs().sum() > 0 and relative_error(got, want) < 1e-5
 
 
 def test_two_tiles_hold_the_keys():

@@ -197,6 +197,59 @@ def test_infinity_stays_in_its_windows(name, device):
     assert torch.equal(got[outside], clean[outside])
 
 
+@pytest.mark.parametrize("name", ["stride beyond the kernel", "2-D, stride", "2-D, transposed, uneven"])
+def test_infinite_gradients_stay_in_their_windows(name, device):
+    """Where a stride leaves a phase with fewer taps, the missing ones must not be products with zero."""
+    tensors, keywords = make(CASES[name], device)
+    tensors = [t.double() for t in tensors]
+    with backend.use_backend("eager"):
+        x = tensors[0].requires_grad_()
+        y = depthwise_conv_layer_norm(*tensors, **keywords)
+        position = (0, *(size // 2 for size in y.shape[1:-1]))
+        one = torch.zeros_like(y)
+        one[position] = torch.randn_like(one[position])
+        reached = torch.autograd.grad(y, x, one)[0] != 0
+    assert reached.any() and not reached.all()
+    grads = []
+    for value in (0.0, float("inf")):
+        inputs = [t.float().detach().requires_grad_() for t in tensors]
+        with backend.use_backend("triton"):
+            y = depthwise_conv_layer_norm(*inputs, **keywords)
+        grad = cotangent(y)
+        grad[position] = value
+        grads.append(torch.autograd.grad(y, inputs[0], grad)[0])
+    assert torch.equal(grads[0][~reached], grads[1][~reached])
+    assert not grads[1][reached].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (40, 5, (9,), (7,), (1,), False, None),
+        (40, 5, (9,), (3,), (2,), False, None),
+        (40, 3, (2, 3), (3, 3), (2, 2), True, None),
+    ],
+    ids=["1-D", "stride", "2-D, transposed"],
+)
+def test_many_partial_sums(case, device, poison, monkeypatch):
+    """As on a large GPU: more slabs than the kernel that adds them up takes at a time."""
+    from fastblocks.kernels import runtime
+
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    check(*make(case, device), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["stride", "2-D, unaligned", "2-D, transposed", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_offsets_of_64_bits(name, layout, device, poison, monkeypatch):
+    """What samples of 2^31 elements and more take, at sizes that a test can hold."""
+    from fastblocks.kernels.convnext import depthwise, depthwise_backward
+
+    for module in (depthwise, depthwise_backward):
+        monkeypatch.setattr(module, "span", lambda x: 2**31)
+    check(*make(CASES[name], device, layout), torch.float32)
+
+
 @pytest.mark.parametrize("name", ["aligned", "2-D, unaligned", "transposed"])
 def test_gradients_are_the_same_bits_twice(name, device):
     tensors, keywords = make(CASES[name], device)

@@ -107,6 +107,15 @@ def test_without_residual(way, device, poison):
     check(make(CASES["2-D"], device, residual=False), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_many_partial_sums(dtype, way, device, poison, monkeypatch):
+    """As on a large GPU: more slabs than the kernel that adds them up takes at a time."""
+    from fastblocks.kernels import runtime
+
+    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    check(make((40, (14,), 7, 28, 7), device), dtype)
+
+
 def test_layouts_are_read_as_they_are(way, device, poison):
     x, *parameters, residual = make(CASES["2-D"], device)
     x = x.movedim(-1, 1).contiguous().movedim(1, -1)

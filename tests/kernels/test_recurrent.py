@@ -18,6 +18,7 @@ SHAPES = {
     "one group, both directions": (2, 3, 1, 16, 16, 2, False, False),
     "small groups packed": (3, 3, 4, 4, 4, 2, False, True),
     "packed, with biases": (3, 4, 4, 4, 4, 2, True, True),
+    "six groups in pairs": (2, 2, 6, 4, 4, 2, False, True),  # four would fill a tile, but six are no multiple
     "odd sizes": (2, 4, 3, 7, 5, 1, True, True),
     "rnn-freq": (17, 3, 2, 16, 8, 2, False, False),
     "not a power of two": (2, 3, 1, 24, 24, 2, True, True),
@@ -223,6 +224,17 @@ def test_same_bits_and_no_uninitialised_memory(kind, name, device, poison):
     for name, value in first.items():
         assert value.isfinite().all(), name
         assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_slices_do_not_divide(kind, device):
+    """1035 rows of B·T are two slices of the weights' gradients, of 518 and 517."""
+    leaves, cotangents = make(kind, (345, 3, 1, 17, 4, 1, False, True), torch.float32, device)
+    exact = run(by_library, kind, leaves, cotangents, torch.float64)
+    with use_backend("triton"):
+        got = run(layer, kind, leaves, cotangents)
+    for name, value in got.items():
+        assert relative_error(value, exact[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,7 +113,10 @@ def test_second_derivatives_where_one_input_depends_on_another(name):
         assert relative_error(got, want) < EXACT
 
 
-@pytest.mark.parametrize("case", [c for c in BLOCKS if c.name in ("roformer", "registers", "window")], ids=str)
+LIBRARY_ATTENTION = [case for case in BLOCKS if case.name in ("roformer", "registers", "window")]
+
+
+@pytest.mark.parametrize("case", LIBRARY_ATTENTION, ids=lambda case: case.name)
 def test_second_derivatives_of_the_library_s_attention(case, monkeypatch):
     """What runs on a GPU where no kernel does: PyTorch's fused attention, whose backward has no derivative."""
     module = case.module()

@@ -1,0 +1,164 @@
+"""`python -m benchmarks host`: what an operation costs the CPU that launches it; no GPU needed.
+
+At the standard workloads a GPU finishes a kernel in 20 to 200 µs, so the time that Python takes to launch the next one
+counts. Here everything runs but the driver's launch: the public function, its checks, the choice of the backend,
+autograd, allocations (on CPU tensors), and each `launch()` up to Triton's compiled kernel.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROUNDS, CALLS = 15, 40
+
+
+def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
+    """Each operation at a small size (time grows with what is launched, not with how much): function and leaves."""
+    from fastblocks import functional as F
+
+    def leaves(*sizes: tuple[int, ...]) -> list[torch.Tensor]:
+        return [torch.randn(size).requires_grad_() for size in sizes]
+
+    rope = F.rope_table(300, 8)
+    qkv, long_qkv, registers = leaves((2, 20, 48), (1, 290, 48), (1, 2, 48))
+    x, w, u, v = leaves((2, 3, 16), (1, 2, 24, 8), (1, 2, 24, 8), (1, 2, 32, 8))
+    image, kernel, bias, norm = leaves((1, 8, 6, 6), (8, 1, 3, 3), (8,), (8,))
+    rows, w1, b1, w2, b2, residual = leaves((1, 6, 6, 8), (32, 8), (32,), (8, 32), (8,), (1, 8, 6, 6))
+    return {
+        "rope_attention, short": (lambda: F.rope_attention(qkv, rope, 2), [qkv]),
+        "rope_attention, window, registers": (
+            lambda: F.rope_attention(long_qkv, rope, 2, window=32, register_qkv=registers),
+            [long_qkv, registers],
+        ),
+        "grouped_gru": (lambda: F.grouped_gru(x, w, u)[0], [x, w, u]),
+        "grouped_lstm": (lambda: F.grouped_lstm(x, v, v)[0], [x, v]),
+        "depthwise_conv_layer_norm": (
+            lambda: F.depthwise_conv_layer_norm(image, kernel, bias, norm, bias, stride=(1, 1)),
+            [image, kernel, bias, norm],
+        ),
+        "convnext_mlp": (
+            lambda: F.convnext_mlp(rows, w1, b1, w2, b2, residual=residual),
+            [rows, w1, b1, w2, b2, residual],
+        ),
+    }
+
+
+class _Compiled:
+    """Where the driver's launch would be."""
+
+    def __getitem__(self, grid) -> Callable:
+        return lambda *arguments: None
+
+
+class _Held(dict):
+    """Every kernel has been compiled."""
+
+    def get(self, key):
+        hash(key)
+        return _COMPILED
+
+
+_COMPILED = _Compiled()
+
+
+@contextmanager
+def as_on_a_gpu(on_launch: Callable) -> Iterator[None]:
+    """Operations on CPU tensors take the kernels' way; `on_launch` gets what each launch gets."""
+    from fastblocks import use_backend
+    from fastblocks.kernels import launch, runtime
+
+    with (
+        use_backend("triton"),
+        mock.patch.object(runtime, "unsupported_reason", lambda device: ""),
+        runtime.pretending("sm_90"),
+        mock.patch.object(launch, "_listener", on_launch),
+    ):
+        yield
+
+
+def microseconds(function: Callable) -> float:
+    """The quickest of ROUNDS averages: what is slower has been interrupted."""
+    best = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            function()
+        best.append((time.perf_counter() - start) / CALLS * 1e6)
+    return min(best)
+
+
+def launches_of(function: Callable) -> list[tuple]:
+    found: list[tuple] = []
+    with as_on_a_gpu(lambda *launched: found.append(launched)):
+        function()
+    return found
+
+
+def time_of_launches(launched: list[tuple]) -> float:
+    """Everything of `launch()` but the driver's part, of all these launches together."""
+    from fastblocks.kernels import launch
+
+    with mock.patch.object(launch, "_held", _Held()), mock.patch.object(torch.cuda, "current_device", lambda: 0):
+        return sum(microseconds(lambda launched=one: launch._launch_here(*launched)) for one in launched)
+
+
+def measure(function: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:
+    """µs of a call without gradients, of one that will be differentiated, and of that and its backward pass."""
+
+    def training():
+        y = function()
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    def inference():
+        with torch.no_grad():
+            function()
+
+    result = {}
+    for name, run in (("inference", inference), ("forward", function), ("forward + backward", training)):
+        launched = launches_of(run)
+        spent = time_of_launches(launched)
+        with as_on_a_gpu(lambda *launched: None):
+            result[name] = microseconds(run) + spent
+        result[f"launches, {name}"], result[f"µs a launch, {name}"] = len(launched), spent / len(launched)
+    return result
+
+
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="python -m benchmarks host",
+        description="Host time of each fused operation, without a GPU: everything but the driver's launch.",
+    ).parse_args(arguments)
+    errors = Console(stderr=True)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        errors.print("error: TRITON_INTERPRET=1 is set: interpreted kernels are not launched", markup=False)
+        return 2
+    try:
+        import fastblocks.kernels.runtime  # noqa: F401
+    except ImportError as problem:
+        errors.print(f"error: Triton cannot be imported: {problem}", markup=False)
+        return 2
+    torch.set_num_threads(1)
+    table = Table(title="host time, µs (launches)", title_justify="left", header_style="bold")
+    for column in ("operation", "inference", "forward", "forward + backward", "a launch"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    for name, (function, leaves) in calls().items():
+        found = measure(function, leaves)
+        cells = [f"{found[k]:.0f} ({found[f'launches, {k}']})" for k in ("inference", "forward", "forward + backward")]
+        table.add_row(name, *cells, f"{found['µs a launch, forward + backward']:.1f}")
+    Console().print(table)
+    median = statistics.median(microseconds(lambda: torch.empty(64)) for _ in range(5))
+    Console().print(f"torch.empty takes {median:.1f} µs here", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

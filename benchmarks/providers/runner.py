@@ -1,0 +1,191 @@
+"""One provider's instance of a workload, in the three modes that are timed: forward, backward alone, training."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import original
+from benchmarks.workloads.workload import Workload
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+def flatten(outputs: Any) -> list[Tensor]:
+    """All tensors of nested tuples and lists, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return [tensor for part in outputs for tensor in flatten(part)]
+
+
+class Cast:
+    """Calls something under autocast; its attributes are those of what it calls."""
+
+    def __init__(self, call: Callable, context: Callable[[], AbstractContextManager]):
+        self._call, self._context = call, context
+
+    def __call__(self, *arguments, **keywords):
+        with self._context():
+            return self._call(*arguments, **keywords)
+
+    def __getattr__(self, name: str):
+        return getattr(self._call, name)
+
+
+@dataclass
+class Runner:
+    """A workload with one provider's callable and its own copy of the inputs.
+
+    `run(mode)` gives what is compared with the reference: outputs, or gradients of inputs and weights in order.
+    `prepare` does what a mode needs beforehand and is not timed: for backward, the forward pass.
+    """
+
+    workload: Workload
+    call: Callable
+    inputs: list[Any]
+    weights: list[Tensor]
+    foreign: bool = False  # its weights are laid out differently: only the inputs' gradients compare
+    before_call: Callable[[], None] = field(default=lambda: None)
+    initial: dict[str, Tensor] = field(default_factory=dict)  # of what a training step changes
+    _outputs: list[Tensor] = field(default_factory=list)
+    _cotangents: list[Tensor] = field(default_factory=list)
+    _plain: list[Any] = field(default_factory=list)
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in self.inputs if isinstance(t, Tensor) and t.requires_grad] + self.weights
+
+    def tensors(self) -> list[Tensor]:
+        return [t for t in self.inputs if isinstance(t, Tensor)]
+
+    def prepare(self, mode: str) -> None:
+        if mode == "backward":
+            self._outputs = self._forward_with_graph()
+
+    def run(self, mode: str) -> list[Tensor | None]:
+        if mode == "forward":
+            self.before_call()
+            if not self._plain:  # inputs that want gradients are refused by some even where none are made
+                self._plain = [t.detach() if isinstance(t, Tensor) else t for t in self.inputs]
+            with torch.no_grad():
+                return flatten(self.call(*self._plain))
+        if mode == "backward":
+            outputs, self._outputs = self._outputs, []
+            return self._gradients(outputs)
+        step = self.workload.step
+        if step is None:
+            return self._gradients(self._forward_with_graph())
+        leaves = self.leaves()
+        for leaf in leaves:
+            leaf.grad = None
+        self.before_call()
+        step(self.call, self.inputs)
+        return [leaf.grad for leaf in leaves]
+
+    def compared(self, results: list[Tensor | None], mode: str) -> list[Tensor | None]:
+        """The part of `run`'s results that every provider has."""
+        if mode == "forward" or not self.foreign:
+            return results
+        return results[: len(self.leaves()) - len(self.weights)]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the initial weights, buffers and optimizer states, in place."""
+        if not self.initial:
+            return
+        for name, tensor in self.call.state_dict(keep_vars=True).items():
+            tensor.copy_(self.initial[name])
+        for optimizer in getattr(self.call, "optimizers", list)():
+            for state in optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+
+    def release(self) -> None:
+        """Let go of graphs and gradients."""
+        self._outputs = []
+        for leaf in self.leaves():
+            leaf.grad = None
+
+    def _forward_with_graph(self) -> list[Tensor]:
+        self.before_call()
+        return [out for out in flatten(self.call(*self.inputs)) if out.requires_grad]
+
+    def _gradients(self, outputs: list[Tensor]) -> list[Tensor | None]:
+        if not self._cotangents:
+            generator = torch.Generator().manual_seed(1)
+            self._cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+        return list(torch.autograd.grad(outputs, self.leaves(), self._cotangents, allow_unused=True))
+
+
+def make_runner(
+    workload: Workload,
+    kit: ModuleType,
+    device: torch.device,
+    dtype: str,
+    *,
+    double: bool = False,
+    wrap: Callable[[Callable], Callable] = lambda call: call,
+    seed: int = 0,
+) -> Runner:
+    """A runner of one kit.
+
+    Args:
+        workload: what to run.
+        kit: `benchmarks.original` or `fastblocks`; equal seeds give equal weights, as the state_dicts are shared.
+        device: where.
+        dtype: a key of `DTYPES`. An operation's tensors have it; a module stays float32 under autocast.
+        double: the reference: the same values, computed in float64.
+        wrap: changes the callable before autocast is put around it, e.g. compiles it.
+        seed: of inputs and weights.
+    """
+    torch.manual_seed(seed)
+    call = workload.build(kit)
+    own = DTYPES[dtype] if workload.is_operation else torch.float32
+    weights: list[Tensor] = []
+    if isinstance(call, nn.Module):
+        load_weights(call, workload, seed)
+        call = call.to(device, torch.float64 if double else torch.float32)
+        call.train(workload.step is not None)
+        weights = [p for p in call.parameters() if p.requires_grad]
+    initial = {}
+    if workload.step:
+        initial = {name: tensor.clone() for name, tensor in call.state_dict().items()}
+    call = wrap(call)
+    if not workload.is_operation and own != DTYPES[dtype] and not double:
+        call = Cast(call, lambda: torch.autocast(device.type, DTYPES[dtype]))
+    inputs = []
+    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(seed))):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            constant = i in workload.constant
+            value = value.to(device).to(torch.float32 if constant else own)
+            value = (value.double() if double else value).detach().requires_grad_(not constant)
+        inputs.append(value)
+    return Runner(workload, call, inputs, weights, initial=initial)
+
+
+def load_weights(module: nn.Module, workload: Workload, seed: int) -> None:
+    """Give a module the baseline's initial weights, whatever order its own constructor draws them in."""
+    torch.manual_seed(seed)
+    module.load_state_dict(workload.build(original).state_dict(), strict=True)
+
+
+def products(dtype: str) -> AbstractContextManager:
+    """float32 products as asked for: exact, or through TF32; cuDNN's default is TF32."""
+    if not torch.cuda.is_available():
+        return nullcontext()
+    return _TF32(dtype != "fp32")
+
+
+class _TF32:
+    def __init__(self, allowed: bool):
+        self.allowed = allowed
+
+    def __enter__(self) -> None:
+        self.previous = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.allowed
+
+    def __exit__(self, *exception) -> None:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.previous

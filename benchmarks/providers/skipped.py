@@ -1,0 +1,5 @@
+"""A provider that cannot take part."""
+
+
+class Skipped(Exception):
+    """The reason is the message."""

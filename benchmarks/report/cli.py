@@ -1,0 +1,68 @@
+"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, each device's newest result file."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from benchmarks.measure.environment import ROOT
+from benchmarks.report import files, plots
+from benchmarks.report.table import markdown
+
+RESULTS = ROOT / "benchmarks" / "results"
+HEAD = """# Results
+
+Written by `python -m benchmarks report` from the newest file in each folder. How it is measured:
+[Measure](../../README.md#measure).
+"""
+
+
+def origin(document: dict) -> str:
+    """What was measured where."""
+    driver = f", driver {document['driver']}" if document["driver"] else ""
+    threads = f", {document['threads']} threads" if document["kind"] == "cpu" else ""
+    return (
+        f"{document['device']}{threads}{driver}, torch {document['torch']}, triton {document['triton']}, "
+        f"commit {document['commit']}, {document['date'][:10]}; `--size {document['size']}`; "
+        f"{', '.join(dict.fromkeys(row['dtype'] for row in document['rows']))}."
+    )
+
+
+def report(folder: Path) -> list[Path]:
+    """Write README.md and the plots; returns them.
+
+    Raises:
+        ValueError: if there is no result file, or one that cannot be read.
+    """
+    kinds = sorted({path.parent for path in folder.glob("*/*.json")}, key=lambda p: (p.name == "cpu", p.name))
+    if not kinds:
+        raise ValueError(f"{folder} holds no result files, <device>/<date>-<commit>.json")
+    parts, drawn = [HEAD], []
+    (folder / "plots").mkdir(exist_ok=True)
+    for kind in kinds:
+        document = files.newest(kind)
+        parts.append(f"## {kind.name}\n\n{origin(document)} {markdown(document['rows'])}\n")
+        for name, draw in (("speedups", plots.speedups), ("windowed", plots.windowed), ("roofline", plots.roofline)):
+            path = folder / "plots" / f"{kind.name}-{name}.svg"
+            if draw(path, document):
+                drawn.append(path)
+                parts.append(f"![{path.stem}](plots/{path.name})\n")
+    readme = folder / "README.md"
+    readme.write_text("\n".join(parts))
+    return [readme, *drawn]
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="holds <device>/<file>.json")
+    options = parser.parse_args(arguments)
+    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    try:
+        written = report(options.results)
+    except (ValueError, OSError) as problem:
+        errors.print(f"error: {problem}", markup=False, soft_wrap=True)
+        return 2
+    for path in written:
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,131 @@
+"""The table of the standard workloads, from the rows of a result file: on a terminal, and as Markdown."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table, box
+
+from benchmarks.report.units import digits, milliseconds
+
+BASELINE, OURS, GRAPH = "baseline", "fastblocks", "fastblocks-graph"
+ARROW = f"{BASELINE}→{OURS}"
+NOTE = (
+    f"{ARROW}: medians of runs in turn; ×: how many times faster. Training: forward and backward together, of a "
+    "network a whole step; MB: the peak of a training step; error: of the worst output against float64, relative to "
+    "its largest value."
+)
+RIVAL_NOTE = f" Rival: the fastest that is neither {BASELINE} nor this package."
+
+
+def comparison(rows: list[dict]) -> dict[str, dict]:
+    """Of one workload, mode and dtype: provider -> row; a timed one gets `speedup`, how many times faster than the
+    baseline it is, and one of ours `to_rival` and `rival`, the fastest that is neither the baseline nor this package.
+    """
+    found = {row["provider"]: dict(row) for row in rows}
+    medians = {name: row["median"] for name, row in found.items() if "median" in row}
+    rival = min(medians.keys() - {BASELINE, OURS, GRAPH}, key=medians.get, default=None)
+    for name, median in medians.items():
+        found[name]["speedup"] = medians[BASELINE] / median if BASELINE in medians else None
+        if rival and name in (OURS, GRAPH):
+            found[name] |= {"to_rival": medians[rival] / median, "rival": rival}
+    return found
+
+
+def groups(rows: list[dict], *keys: str) -> list[tuple[tuple, list[dict]]]:
+    """Rows with the same values under `keys` together, in the order of the file."""
+    order: dict[tuple, list[dict]] = {}
+    for row in rows:
+        order.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(order.items())
+
+
+def columns(rows: list[dict], everything: bool) -> list[tuple[str, Callable[[dict[str, dict]], str]]]:
+    """Header and content of each column; the content comes from a workload's `comparison`s, by mode.
+
+    Args:
+        rows: of a result file.
+        everything: also shapes, backward alone beside two other modes, CUDA graphs and floors; else what fits 80
+            characters.
+    """
+    rivals, graphs, floors = False, False, False
+    for row in rows:
+        if "median" in row:
+            rivals |= row["provider"] not in (BASELINE, OURS, GRAPH)
+            graphs |= everything and row["provider"] == GRAPH
+            floors |= everything and row["floor_ratio"] is not None
+    modes = [mode for mode in ("forward", "backward", "training") if any(row["mode"] == mode for row in rows)]
+    shown = modes if everything or len(modes) < 3 else ["forward", "training"]
+    found: list = []
+    for mode in shown:
+        found += [(f"{mode} ms", partial(_both, mode, "median", milliseconds)), ("×", partial(_one, mode, OURS))]
+        if graphs:
+            found.append(("in a graph ×", partial(_one, mode, GRAPH)))
+        if floors:
+            found.append(("% of floor", partial(_one, mode, OURS, "floor_ratio", lambda ratio: f"{100 / ratio:.0f}")))
+        if rivals:
+            found.append(("× rival", partial(_rival, mode, everything)))
+    if everything or not rivals:
+        found.append(("MB", partial(_both, shown[-1], "peak_bytes", lambda count: digits(count / 1e6))))
+        found.append(("error", partial(_both, shown[0], "error", lambda error: f"{error:.0e}")))
+    return found
+
+
+def _both(mode: str, key: str, text: Callable, by: dict[str, dict]) -> str:
+    """The baseline's and ours, or in a word why there is none."""
+    pair = [by[mode].get(name, {}) for name in (BASELINE, OURS)]
+    return "→".join(text(row[key]) if row.get(key) else row.get("refused", "–").partition(":")[0] for row in pair)
+
+
+def _one(mode: str, provider: str, key: str = "speedup", text: Callable = "{:.2f}".format, *, by: dict) -> str:
+    value = by[mode].get(provider, {}).get(key)
+    return text(value) if value else ""
+
+
+def _rival(mode: str, named: bool, by: dict[str, dict]) -> str:
+    ratio, name = _one(mode, OURS, "to_rival", by=by), by[mode].get(OURS, {}).get("rival")
+    return f"{ratio} ({name})" if named and ratio else ratio
+
+
+def summary(rows: list[dict], everything: bool) -> tuple[list[str], list[list[str]]]:
+    """Header and cells, a line a workload and dtype; `everything` as for `columns`."""
+    contents, one_dtype, lines = columns(rows, everything), len({row["dtype"] for row in rows}) == 1, []
+    for (name, dtype, shape), members in groups(rows, "workload", "dtype", "shape"):
+        by = defaultdict(dict, {mode: comparison(few) for (mode,), few in groups(members, "mode")})
+        head = [name if one_dtype else f"{name} {dtype}", *([shape] if everything else [])]
+        lines.append([*head, *(content(by=by) for _, content in contents)])
+    return ["workload", *(["shape"] if everything else []), *(header for header, _ in contents)], lines
+
+
+def markdown(rows: list[dict]) -> str:
+    """The whole summary."""
+    header, lines = summary(rows, everything=True)
+    rule = ["---"] * 2 + ["--:"] * (len(header) - 2)
+    note = NOTE + (RIVAL_NOTE if "× rival" in header else "")
+    return note + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def show(rows: list[dict]) -> None:
+    """Print what fits 80 columns, and below it why somebody has no time."""
+    console, (header, lines) = Console(highlight=False), summary(rows, everything=False)
+    note = NOTE + (RIVAL_NOTE if "× rival" in header else "")
+    table = Table(caption=note, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for _, family in groupby(lines, key=lambda cells: cells[0].partition("-")[0]):
+        for cells in family:
+            table.add_row(*(colour(cell) if "×" in header[i] else cell for i, cell in enumerate(cells)))
+        table.add_section()
+    console.print(table)
+    for row in rows:
+        if "refused" in row and row["provider"] in (BASELINE, OURS):
+            text = f"{row['workload']} {row['dtype']} {row['mode']}, {row['provider']}: {row['refused']}"
+            console.print(text, markup=False, soft_wrap=True)
+
+
+def colour(ratio: str) -> str:
+    if not ratio or 0.95 <= float(ratio) < 1.05:
+        return ratio
+    return f"[green]{ratio}[/green]" if float(ratio) > 1 else f"[red]{ratio}[/red]"

@@ -1,0 +1,223 @@
+"""The standard workloads, measured one after the other within a time budget: lines as they come, then a table.
+
+Needs PyTorch and nothing else: without rich there is no table, without matplotlib no plot.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.util import find_spec
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+import fastblocks
+from benchmarks import providers
+from benchmarks.measure import suite
+from benchmarks.measure.environment import describe_device, environment, git_commit
+from benchmarks.measure.row import Row, reason
+from benchmarks.measure.settings import CHOICES, Settings, values
+from benchmarks.providers import BASELINE, FASTBLOCKS
+from benchmarks.report import files
+from benchmarks.report.units import seconds
+from benchmarks.workloads import FAMILIES, MODES, SIZES, all_workloads, select
+from benchmarks.workloads.workload import Workload
+
+GPU_DEFAULTS = {"mode": MODES, "dtype": ("bf16",), "provider": providers.PROVIDERS, "size": "full"}
+CPU_DEFAULTS = {
+    "mode": ("forward", "training"), "dtype": ("fp32",), "provider": (BASELINE, FASTBLOCKS), "size": "cpu"
+}  # fmt: skip
+PLOTS = (".svg", ".png", ".pdf")
+
+
+def parse(arguments: list[str], commands: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time, memory and error of this package beside the original formulas, with the same weights.\n"
+        "Options that take several values: repeat them, or put commas.",
+        epilog=commands,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"att-freq, att, or {', '.join(FAMILIES)}; all")
+    parser.add_argument("--list", action="store_true", help="list the workloads and stop")
+    parser.add_argument("--mode", action="append", metavar="M", help=f"{', '.join(MODES)}; on a CPU not backward alone")
+    parser.add_argument("--dtype", action="append", metavar="D", help=f"{', '.join(CHOICES['dtype'])}; bf16, CPU: fp32")
+    parser.add_argument(
+        "--provider", action="append", metavar="P",
+        help=f"{', '.join(providers.PROVIDERS)}; all, on a CPU {BASELINE} and {FASTBLOCKS}",
+    )  # fmt: skip
+    parser.add_argument("--size", choices=SIZES, help="full on a GPU, cpu without one, toy for tests")
+    parser.add_argument("--backend", choices=fastblocks.backend.BACKENDS, default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads; what PyTorch takes")
+    parser.add_argument("--seconds", type=float, default=0.4, help="for the samples of a workload and mode; 0.4")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no workload after this time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements; a folder: a new file there")
+    parser.add_argument("--append", action="store_true", help="keep the rows that --json FILE has already")
+    parser.add_argument("--commit", help="of the source, for the result file, where there is no git")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the speedups ({', '.join(PLOTS)})")
+    options = parser.parse_args(arguments)
+    for name in ("threads", "seconds", "budget"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be positive, got {value}")
+    return options
+
+
+def choose(names: list[str], size: str) -> list[Workload]:
+    """The workloads that are named; all without names.
+
+    Raises:
+        ValueError: for a name that names none.
+    """
+    everything = all_workloads(size)
+    chosen, unknown = select(everything, names)
+    if unknown:
+        known = ", ".join(workload.name for workload in everything)
+        raise ValueError(f"{', '.join(unknown)} is no workload at --size {size}; there are {known}")
+    return chosen or everything
+
+
+def check_paths(options: argparse.Namespace) -> None:
+    """Name the result file if --json is a folder.
+
+    Raises:
+        ValueError: for files that could not be written after all the measuring.
+    """
+    for name in ("json", "plot"):
+        path = getattr(options, name)
+        if path and not path.absolute().parent.is_dir():
+            raise ValueError(f"--{name} {path}: the folder {path.parent} does not exist")
+    if options.json and options.json.is_dir():
+        options.json /= f"{datetime.now():%Y-%m-%d}-{options.commit or git_commit()}.json"
+    if options.append and not options.json:
+        raise ValueError("--append needs --json FILE")
+    if options.plot and options.plot.suffix not in PLOTS:
+        raise ValueError(f"--plot {options.plot}: the name must end in {', '.join(PLOTS)}")
+    if options.plot and not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib, which is not installed")
+
+
+def explain_backend(device: torch.device) -> str:
+    """Who runs each operation here, and why; one line if the answer is the same for all."""
+    answers = {}
+    for workload in all_workloads("toy"):
+        if workload.step is None and not workload.name.startswith("band"):
+            call = workload.build(fastblocks)
+            call = call.to(device) if isinstance(call, torch.nn.Module) else call
+            inputs = [t.to(device) if isinstance(t, torch.Tensor) else t for t in workload.inputs(torch.Generator())]
+            for line in fastblocks.explain(call, *inputs).splitlines():
+                operation, _, answer = line.partition(" × ")[0].partition(": ")
+                answers[operation] = answer
+    if len(set(answers.values())) == 1:
+        return f"all operations: {answer}"
+    return "\n".join(f"{operation}: {answer}" for operation, answer in answers.items())
+
+
+def measure_all(
+    document: dict, chosen: list[Workload], device: torch.device, settings: Settings, options: argparse.Namespace
+) -> Iterator[list[dict]]:
+    """Measure, and write the result file after every workload: a run that is killed loses one.
+
+    Args:
+        document: to whose rows those of this run are added.
+        chosen: the workloads.
+        device: where.
+        settings: of each.
+        options: `budget` and `json`.
+
+    Yields:
+        The rows of each workload.
+    """
+    start = time.monotonic()
+    for workload in chosen:
+        try:
+            if options.budget and time.monotonic() - start > options.budget:
+                raise providers.Skipped("the time budget was spent")
+            rows = suite.measure(workload, device, settings)
+        except Exception as problem:  # the other workloads shall not be lost with it
+            rows = [
+                Row(workload, mode, dtype, name, refused=reason(problem))
+                for dtype in settings.dtypes
+                for mode in settings.modes
+                for name in settings.providers
+                if providers.belongs(name, workload)
+            ]
+        found = [row.as_json() for row in rows]
+        document["rows"] = files.merge(document["rows"], found)
+        if options.json:
+            files.write(options.json, document)
+        yield found
+
+
+def line(row: dict) -> str:
+    """A row in a few words."""
+    if "median" not in row:
+        return f"{row['provider']}: {row['refused']}"
+    floor = f", {100 / row['floor_ratio']:.0f} % of floor" if row["floor_ratio"] else ""
+    return f"{row['provider']} {seconds(row['median'])} (error {row['error']:.0e}{floor})"
+
+
+@contextmanager
+def progress(total: int):
+    """What is told after each workload: a bar on a terminal, else a line for each mode."""
+    if find_spec("rich") and sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda _, rows: bar.update(task, advance=1, description=rows[0]["workload"])
+    else:
+
+        def lines(index: int, rows: list[dict]) -> None:
+            for (mode, dtype), few in groupby(rows, key=lambda row: (row["mode"], row["dtype"])):
+                head = f"[{index}/{total}] {rows[0]['workload']} {dtype} {mode}"
+                print(f"{head}: {'; '.join(map(line, few))}", flush=True)
+
+        yield lines
+
+
+def main(arguments: list[str], commands: str = "") -> int:
+    """Returns the exit code."""
+    options = parse(arguments, commands)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
+    size = options.size or defaults["size"]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        chosen = choose(options.names, size)
+        if options.list:
+            for workload in chosen:
+                print(f"{workload.name:22} {workload.what:14} {workload.shape}")
+            return 0
+        check_paths(options)
+        modes, dtypes, names = (values(options, name, defaults[name]) for name in CHOICES)
+        settings = Settings(modes, dtypes, names, options.seconds)
+        fastblocks.use_backend(options.backend)
+        print(f"{describe_device()}\n{explain_backend(device)}", flush=True)
+        old = files.read(options.json)["rows"] if options.append and options.json.exists() else []
+        document = environment(options.commit) | {"size": size, "rows": old}
+        start, everything = time.monotonic(), []
+        with progress(len(chosen)) as note:
+            for index, rows in enumerate(measure_all(document, chosen, device, settings, options), 1):
+                everything += rows
+                note(index, rows)
+    except ValueError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    if find_spec("rich"):
+        from benchmarks.report.table import show
+
+        show(everything)
+    print(f"{len(chosen)} workloads in {time.monotonic() - start:.0f} s")
+    if options.plot:
+        from benchmarks.report import plots
+
+        plots.speedups(options.plot, document)
+    return 0

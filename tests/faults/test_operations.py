@@ -1,0 +1,263 @@
+"""Every operation's kernels, forward and backward, at small sizes that leave no block full.
+
+`Tensor.device` says "cuda" here, so the package itself takes the way that it takes on a GPU. Results are held against
+the float64 references: memory that nobody wrote, or that holds something else, shows there.
+"""
+
+import pytest
+import torch
+
+from fastblocks import backend, functional
+from fastblocks.functional.convnext import conv_output_size
+from tests.compare import relative_error
+from tests.reference import attention, convnext, recurrent
+
+pytestmark = pytest.mark.usefixtures("poison")  # also what an operation allocates below the dispatcher
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Not how exact the kernels are, which tests/kernels holds: a wrong element is off by far more than these.
+ALLOWED = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def check(operation, reference, leaves, dtype):
+    """Results and gradients of the kernels, with everything at the end of its own allocation."""
+    leaves = {name: t.to("cuda", dtype).requires_grad_() for name, t in leaves.items()}
+    with backend._watch() as decisions:
+        results = operation(**leaves)
+    assert [decision.backend for decision in decisions] == ["triton"], decisions
+    grads = [torch.randn_like(result) for result in results]
+    # Not torch.autograd.grad: inside of that call tensors say that they are on the CPU.
+    torch.autograd.backward(results, grads)
+
+    wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    exact = reference(**wide)
+    torch.autograd.backward(exact, [grad.double() for grad in grads])
+    for i, (got, want) in enumerate(zip(results, exact, strict=True)):
+        assert relative_error(got, want) < ALLOWED[dtype], f"result {i}"
+    for name, leaf in leaves.items():
+        assert relative_error(leaf.grad, wide[name].grad) < ALLOWED[dtype], f"gradient of {name}"
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- rope_attention --------------------------------------------------------------------------------------------------
+
+# B, T, H, D, window, registers, registers shared, registers out. Up to 64 rows (16 bits: 128) are one program's.
+SHORT = {
+    "one tile": (2, 13, 2, 16, -1, 0, False, False),
+    "two tiles, window": (1, 37, 2, 10, 9, 0, False, False),
+    "registers": (2, 29, 2, 8, 8, 3, False, True),
+    "shared registers, not asked for": (2, 20, 1, 16, -1, 2, True, False),
+}
+LONG = {
+    "full": (1, 131, 2, 12, -1, 0, False, False),
+    "window": (2, 150, 1, 16, 40, 0, False, False),
+    "window of one": (1, 131, 1, 16, 1, 0, False, False),
+    "registers": (2, 140, 2, 10, 30, 3, False, True),
+    "shared registers, not asked for": (2, 140, 1, 16, 70, 5, True, False),
+    "registers, full": (1, 133, 1, 16, -1, 2, True, True),
+}
+LARGER = {
+    "rotated in a pass of its own": (1, 1030, 1, 8, -1, 0, False, False),
+    "several chunks of keys for the registers": (1, 530, 1, 8, 5, 2, False, True),
+    "a head of 128 channels": (1, 70, 1, 128, 20, 2, True, True),
+}
+
+
+def check_attention(case, dtype):
+    batch, tokens, heads, dim, window, registers, shared, registers_out = case
+    width = 3 * heads * dim
+    leaves = {"qkv": torch.randn(batch, tokens, width)}
+    if registers:
+        leaves["register_qkv"] = torch.randn(1 if shared else batch, registers, width)
+    rope = functional.rope_table(registers + tokens, dim).to("cuda")
+
+    def operation(qkv, register_qkv=None):
+        keywords = {"window": window, "register_qkv": register_qkv, "return_registers": registers_out}
+        results = functional.rope_attention(qkv, rope, heads, **keywords)
+        return results if registers_out else (results,)
+
+    def reference(qkv, register_qkv=None):
+        return attention.rope_attention(qkv, rope, heads, window, register_qkv)[: 1 + registers_out]
+
+    check(operation, reference, leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_name)
+@pytest.mark.parametrize("name", SHORT)
+def test_attention_over_short_sequences(name, dtype):
+    check_attention(SHORT[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_name)
+@pytest.mark.parametrize("name", LONG)
+def test_attention_over_long_sequences(name, dtype):
+    check_attention(LONG[name], dtype)
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_attention_over_more(name):
+    check_attention(LARGER[name], torch.float16)
+
+
+# ---- grouped_gru, grouped_lstm ---------------------------------------------------------------------------------------
+
+# B, T, G, I, H, N, biases, state. Without biases up to 32 units (float32: 16) the projection is fused.
+RECURRENT = {
+    "fused": (18, 3, 1, 16, 16, 2, False, False),
+    "fused, groups packed, state": (3, 3, 4, 4, 4, 2, False, True),
+    "fused, odd sizes": (2, 4, 3, 7, 5, 1, False, True),
+    "biases, odd sizes": (9, 3, 3, 7, 5, 2, True, True),
+    "projection apart": (3, 3, 2, 40, 8, 2, False, False),
+    "projection apart, large groups": (2, 2, 2, 12, 33, 2, True, True),
+}
+
+
+@pytest.fixture
+def without_inline_assembly(monkeypatch):
+    """bfloat16's tanh is an instruction of PTX, which the checker does not model; float16's formula in its place."""
+    from fastblocks.kernels.recurrent import forward
+
+    assert forward.precision_of(torch.empty(0, device="cuda"), torch.bfloat16)["ACTIVATION"] == "hardware"
+    monkeypatch.setattr(forward, "HARDWARE_TANH", False)
+    assert forward.precision_of(torch.empty(0, device="cuda"), torch.bfloat16)["ACTIVATION"] == "fast"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("gates", [3, 4], ids=["gru", "lstm"])
+def test_recurrent(gates, name, dtype, without_inline_assembly):
+    check_recurrent(gates, RECURRENT[name], dtype)
+
+
+@pytest.mark.parametrize("keep_gates", [True, False])
+@pytest.mark.parametrize("name", ["fused, groups packed, state", "projection apart, large groups"])
+@pytest.mark.parametrize("gates", [3, 4], ids=["gru", "lstm"])
+def test_recurrent_with_gates_kept_or_made_again(gates, name, keep_gates):
+    check_recurrent(gates, RECURRENT[name], torch.float16, keep_gates)
+
+
+def test_recurrent_with_the_sums_of_weights_in_slices():
+    check_recurrent(3, (3, 347, 1, 17, 16, 1, False, True), torch.float32)  # 1041 rows: two slices of 521 and 520
+
+
+def check_recurrent(gates, case, dtype, keep_gates=None):
+    batch, length, groups, inputs, hidden, directions, bias, state = case
+    leaves = {
+        "x": torch.randn(batch, length, groups * inputs),
+        "weight_ih": torch.randn(directions, groups, gates * hidden, inputs) / inputs**0.5,
+        "weight_hh": torch.randn(directions, groups, gates * hidden, hidden) / hidden**0.5,
+    }
+    if bias:
+        leaves |= {name: torch.randn(directions, groups, gates * hidden) for name in ("bias_ih", "bias_hh")}
+    if state:
+        leaves |= {name: torch.randn(directions, batch, groups * hidden) for name in ("h", "c")[: gates - 2]}
+
+    def operation(x, weight_ih, weight_hh, bias_ih=None, bias_hh=None, h=None, c=None):
+        weights, keywords = (weight_ih, weight_hh, bias_ih, bias_hh), {"keep_gates": keep_gates}
+        if gates == 3:
+            return functional.grouped_gru(x, *weights, state=h, **keywords)
+        y, last = functional.grouped_lstm(x, *weights, state=None if h is None else (h, c), **keywords)
+        return y, *last
+
+    check(operation, lambda **tensors: recurrent.library(**tensors)[: gates - 1], leaves, dtype)
+
+
+# ---- depthwise_conv_layer_norm ---------------------------------------------------------------------------------------
+
+# B, C, sizes, kernel, stride, transposed, output size
+DEPTHWISE = {
+    "aligned": (2, 24, (32,), (7,), (1,), False, None),
+    "unaligned": (2, 7, (13,), (7,), (1,), False, None),
+    "shorter than the kernel": (2, 5, (3,), (9,), (1,), False, None),
+    "33 taps": (1, 4, (40,), (33,), (1,), False, None),
+    "130 channels": (1, 130, (20,), (7,), (1,), False, None),
+    "stride": (2, 7, (16,), (7,), (2,), False, None),
+    "stride beyond the kernel": (1, 7, (17,), (3,), (5,), False, None),
+    "transposed": (2, 7, (6,), (7,), (2,), True, (12,)),
+    "transposed, stride beyond the kernel": (1, 5, (4,), (3,), (5,), True, (18,)),
+    "2-D": (1, 24, (5, 16), (7, 7), (1, 1), False, None),
+    "2-D, unaligned": (2, 7, (4, 5), (3, 5), (1, 1), False, None),
+    "2-D, stride": (1, 7, (5, 8), (7, 7), (2, 2), False, None),
+    "2-D, uneven stride": (1, 5, (7, 4), (3, 3), (4, 1), False, None),
+    "2-D, transposed": (1, 7, (3, 4), (7, 7), (2, 2), True, (6, 7)),
+    "2-D, transposed, uneven": (1, 5, (2, 4), (3, 5), (3, 1), True, (5, 4)),
+}
+
+
+def check_depthwise(case, dtype, bias=True, layout=lambda x: x):
+    batch, channels, sizes, kernel, stride, transposed, wanted = case
+    leaves = {"x": torch.randn(batch, channels, *sizes), "weight": torch.randn(channels, 1, *kernel)}
+    leaves |= {name: torch.randn(channels) for name in ("bias", "norm_weight", "norm_bias")}
+    if not bias:
+        del leaves["bias"]
+    leaves["x"] = layout(leaves["x"])
+    results = conv_output_size(sizes, stride, transposed, wanted)
+    keywords = {"stride": stride, "transposed": transposed}
+
+    def operation(x, weight, norm_weight, norm_bias, bias=None):
+        parameters = (weight, bias, norm_weight, norm_bias)
+        return (functional.depthwise_conv_layer_norm(x, *parameters, output_size=wanted, **keywords),)
+
+    def reference(x, weight, norm_weight, norm_bias, bias=None):
+        parameters = (weight, bias, norm_weight, norm_bias)
+        return (convnext.depthwise_conv_layer_norm(x, *parameters, sizes=results, **keywords),)
+
+    check(operation, reference, leaves, dtype)
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise(name):
+    check_depthwise(DEPTHWISE[name], torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("aligned", torch.float16), ("transposed", torch.bfloat16), ("2-D, unaligned", torch.float16)],
+    ids=lambda value: value if isinstance(value, str) else dtype_name(value),
+)
+def test_depthwise_in_16_bits(name, dtype):
+    check_depthwise(DEPTHWISE[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["unaligned", "2-D, unaligned"])
+def test_depthwise_with_channels_last_and_no_bias(name):
+    check_depthwise(DEPTHWISE[name], torch.float32, False, lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1))
+
+
+# ---- convnext_mlp ----------------------------------------------------------------------------------------------------
+
+# B, sizes, C, F, C out, residual. 16 bits are fused: up to 128 channels forward, up to 64 backward.
+MLP = {
+    "7 channels": (2, (13,), 7, 28, 7, True),
+    "2-D": (2, (5, 6), 24, 96, 24, True),
+    "more out, no residual": (1, (9,), 7, 28, 24, False),
+    "96 channels, several blocks": (1, (67,), 96, 130, 96, True),
+    "130 channels": (2, (3,), 130, 150, 130, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, dtype) for dtype in DTYPES[::2] for name in MLP), ("2-D", torch.float16)],
+    ids=lambda value: value if isinstance(value, str) else dtype_name(value),
+)
+def test_mlp(name, dtype):
+    batch, sizes, channels, hidden, out, residual = MLP[name]
+    leaves = {
+        "x": torch.randn(batch, *sizes, channels),
+        "weight1": torch.randn(hidden, channels) / channels**0.5,
+        "bias1": torch.randn(hidden),
+        "weight2": torch.randn(out, hidden) / hidden**0.5,
+        "bias2": torch.randn(out),
+    }
+    if residual:
+        leaves["residual"] = torch.randn(batch, out, *sizes)
+    check(
+        lambda residual=None, **tensors: (functional.convnext_mlp(**tensors, residual=residual),),
+        lambda **tensors: (convnext.convnext_mlp(**tensors),),
+        leaves,
+        dtype,
+    )

@@ -1,0 +1,69 @@
+"""Arguments of `fastblocks.functional`: what is refused, by name, and shapes at the edge of what is taken."""
+
+import pytest
+import torch
+
+from fastblocks import functional as F
+from tests.compare import assert_close
+
+
+def ones(*size):
+    return torch.ones(size)
+
+
+CALLS = {
+    "rms_norm": (F.rms_norm, [ones(2, 8), ones(8)], {}),
+    "swiglu": (F.swiglu, [ones(2, 8), ones(2, 8)], {}),
+    "swiglu_mlp": (F.swiglu_mlp, [ones(2, 8), ones(4, 8), ones(4, 8), ones(8, 4)], {}),
+    "rope_attention": (F.rope_attention, [ones(1, 6, 24), F.rope_table(6, 4)], {"n_head": 2}),
+    "grouped_gru": (F.grouped_gru, [ones(1, 4, 6), ones(1, 2, 9, 3), ones(1, 2, 9, 3)], {}),
+    "grouped_lstm": (F.grouped_lstm, [ones(1, 4, 6), ones(1, 2, 12, 3), ones(1, 2, 12, 3)], {}),
+    "depthwise_conv_layer_norm": (
+        F.depthwise_conv_layer_norm, [ones(1, 4, 9), ones(4, 1, 3), ones(4), ones(4), ones(4)], {"stride": (1,)},
+    ),
+    "convnext_mlp": (F.convnext_mlp, [ones(1, 5, 4), ones(8, 4), ones(8), ones(4, 8), ones(4)], {}),
+    "band_split": (F.band_split, [ones(1, 5, 3, 2), ones(2, 6, 4), ones(2, 4)], {"ranges": [(0, 3), (2, 5)]}),
+    "band_unsplit": (
+        F.band_unsplit, [ones(1, 4, 3, 2), ones(2, 4, 6), ones(2, 6)],
+        {"ranges": [(0, 3), (2, 5)], "ola_window": ones(5)},
+    ),
+    "spectral_norm": (F.spectral_norm, [ones(3, 2), ones(3), ones(2)], {}),
+}  # fmt: skip
+
+
+def test_every_operation_is_called():
+    assert set(CALLS) == set(F.__all__) - {"rope_table"}
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_only_floating_point_numbers_are_taken(name, dtype):
+    function, tensors, keywords = CALLS[name]
+    function(*tensors, **keywords)
+    for i in range(len(tensors)):
+        wrong = [t.to(dtype) if i == j else t for j, t in enumerate(tensors)]
+        with pytest.raises(ValueError, match=rf"{name}: \w+ must be floating-point, got {dtype}"):
+            function(*wrong, **keywords)
+
+
+def test_integers_of_a_state_and_of_registers():
+    x, w, u = CALLS["grouped_gru"][1]
+    with pytest.raises(ValueError, match=r"state must be floating-point, got torch\.int64"):
+        F.grouped_gru(x, w, u, state=torch.zeros(1, 1, 6, dtype=torch.int64))
+    qkv, rope = CALLS["rope_attention"][1]
+    with pytest.raises(ValueError, match=r"register_qkv must be floating-point, got torch\.int32"):
+        F.rope_attention(qkv[:, :4], rope, 2, register_qkv=torch.ones(1, 2, 24, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (0,), (2, 3)], ids=str)
+def test_rows_of_any_number_of_dimensions(leading):
+    x, scale = torch.rand(*leading, 8), torch.randn(8)  # positive: of five numbers the error must not cancel
+    gate, up, down = torch.rand(6, 8), torch.rand(6, 8), torch.rand(5, 6)
+    want = F.swiglu(x.double() @ gate.T.double(), x.double() @ up.T.double()) @ down.T.double()
+    assert_close(F.swiglu_mlp(x, gate, up, down), want, 14)
+    assert F.rms_norm(x, scale).shape == F.swiglu(x, x).shape == x.shape
+
+
+def test_a_number_is_not_a_row():
+    with pytest.raises(ValueError, match=r"swiglu_mlp: x \(\)"):
+        F.swiglu_mlp(torch.tensor(1.0), ones(4, 1), ones(4, 1), ones(1, 4))

@@ -1,0 +1,108 @@
+"""The four operations for tests that run over all of them: leaves of a small case, the kernels, the float64 formula."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastblocks import functional
+from tests.reference import attention, convnext, recurrent
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`run` and `exact` take the leaves by name, x (B, T, C) among them, and return what has x's shape."""
+
+    sizes: dict[str, tuple[int, ...]]
+    run: Callable[..., Tensor]
+    exact: Callable[..., Tensor]
+    dtype: torch.dtype = torch.float32
+
+    def leaves(self, device) -> dict[str, Tensor]:
+        """Standard normal, weights by their fan-in."""
+        return {
+            name: (torch.randn(size, device=device) / (size[-1] ** 0.5 if name.startswith("weight") else 1)).to(
+                self.dtype
+            )
+            for name, size in self.sizes.items()
+        }
+
+
+def _attention(length: int, window: int, dtype: torch.dtype = torch.float32) -> Operation:
+    batch, heads, dim, registers = 2, 1, 8, 2
+    rope = functional.rope_table(registers + length, dim)
+    width = heads * dim
+
+    def run(x, weight, registers):
+        return functional.rope_attention(
+            x @ weight.mT, rope.to(x.device), heads, window=window, register_qkv=registers @ weight.mT
+        )
+
+    def exact(x, weight, registers):
+        return attention.rope_attention(x @ weight.mT, rope, heads, window, registers @ weight.mT)[0]
+
+    sizes = {"x": (batch, length, width), "weight": (3 * width, width), "registers": (1, registers, width)}
+    return Operation(sizes, run, exact, dtype)
+
+
+def _recurrent(gates: int, units: int, bias: bool, dtype: torch.dtype = torch.float32) -> Operation:
+    batch, length, groups = 2, 3, 2
+    weight = (1, groups, gates * units, units)
+    sizes = {"x": (batch, length, groups * units), "weight_ih": weight, "weight_hh": weight}
+    if bias:
+        sizes |= dict.fromkeys(("bias_ih", "bias_hh"), weight[:3])
+    sizes |= dict.fromkeys(("h", "c")[: gates - 2], (1, batch, groups * units))
+
+    def run(x, weight_ih, weight_hh, bias_ih=None, bias_hh=None, h=None, c=None):
+        if gates == 3:
+            return functional.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, state=h)[0]
+        return functional.grouped_lstm(x, weight_ih, weight_hh, bias_ih, bias_hh, state=(h, c))[0]
+
+    return Operation(sizes, run, lambda **leaves: recurrent.grouped_rnn(**leaves)[0], dtype)
+
+
+def _depthwise(spatial: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Operation:
+    channels, stride = 6, (1,) * len(spatial)
+    sizes = {"x": (2, *spatial, channels), "weight": (channels, 1, *(3,) * len(spatial))}
+    sizes |= dict.fromkeys(("bias", "norm_weight", "norm_bias"), (channels,))
+
+    # The default epsilon makes second derivatives of rows that happen to vary little as large as they like.
+    def run(x, weight, bias, norm_weight, norm_bias):
+        parameters = (weight, bias, norm_weight, norm_bias)
+        return functional.depthwise_conv_layer_norm(x.movedim(-1, 1), *parameters, stride=stride, eps=0.1)
+
+    def exact(x, weight, bias, norm_weight, norm_bias):
+        parameters = (weight, bias, norm_weight, norm_bias)
+        return convnext.depthwise_conv_layer_norm(x.movedim(-1, 1), *parameters, stride, False, spatial, eps=0.1)
+
+    return Operation(sizes, run, exact, dtype)
+
+
+def _mlp(dtype: torch.dtype = torch.float32) -> Operation:
+    batch, length, channels, hidden = 2, 5, 6, 20
+    sizes = {"x": (batch, length, channels), "weight1": (hidden, channels), "bias1": (hidden,)}
+    sizes |= {"weight2": (channels, hidden), "bias2": (channels,), "residual": (batch, length, channels)}
+
+    def run(residual, **leaves):
+        return functional.convnext_mlp(**leaves, residual=residual.movedim(-1, 1)).movedim(1, -1)
+
+    def exact(residual, **leaves):
+        return convnext.convnext_mlp(**leaves, residual=residual.movedim(-1, 1)).movedim(1, -1)
+
+    return Operation(sizes, run, exact, dtype)
+
+
+OPERATIONS = {
+    "attention, short": _attention(9, -1),
+    "attention, short, window": _attention(9, 4),
+    "attention, long, window": _attention(70, 20),
+    "gru": _recurrent(3, 4, False),
+    "gru, biases": _recurrent(3, 4, True),
+    "lstm": _recurrent(4, 4, False),
+    "lstm, biases": _recurrent(4, 4, True),
+    "depthwise": _depthwise((7,)),
+    "depthwise, 2-D": _depthwise((4, 3)),
+    "mlp": _mlp(),
+    "mlp, fused": _mlp(torch.float16),
+}
