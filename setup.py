@@ -24,6 +24,22 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE"],
+    author="The fastblocks authors",
+    keywords="pytorch triton audio attention gru lstm convnext gan discriminator",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Multimedia :: Sound/Audio",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["fastblocks", "fastblocks.*"]),
@@ -32,6 +48,7 @@ setup(
     ],
     # A top-level package called `kernels` would overwrite Hugging Face's package of that name.
     package_dir={"fastblocks.kernels": "kernels"},
+    package_data={"fastblocks": ["py.typed"]},
     install_requires=["torch>=2.8", "numpy", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={"bench": BENCH, "test": TEST},
 )

@@ -70,7 +70,7 @@ def launch(kernel, grid: tuple[int, ...], config: LaunchConfig, like: Tensor, **
         **arguments: everything else that the kernel takes, by name; None for pointers that it does not use.
     """
     if _listener is not None:
-        _listener(kernel, config, arguments)
+        _listener(kernel, grid, config, arguments)
     elif not like.is_cuda:  # the interpreter
         kernel[grid](**arguments, **config.keywords())
     elif like.get_device() == torch.cuda.current_device():
@@ -158,9 +158,10 @@ class CompileCase:
     constants: dict[str, object]
     config: LaunchConfig
     divisible: tuple[str, ...] = ()  # pointers and integers that are multiples of 16 there
+    grid: tuple[int, ...] = field(default=(), compare=False)
 
 
-def case_of(label: str, kernel, config: LaunchConfig, arguments: dict) -> CompileCase:
+def case_of(label: str, kernel, grid: tuple[int, ...], config: LaunchConfig, arguments: dict) -> CompileCase:
     """What Triton compiles for a launch with these arguments; tensors may be on the device "meta"."""
     signature, constants, divisible = {}, {}, []
     for parameter in kernel.params:
@@ -178,7 +179,7 @@ def case_of(label: str, kernel, config: LaunchConfig, arguments: dict) -> Compil
             signature[name] = "i64" if value >= 2**31 else "i32"
             if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
-    return CompileCase(label, kernel, signature, constants, config, tuple(divisible))
+    return CompileCase(label, kernel, signature, constants, config, tuple(divisible), grid)
 
 
 @contextmanager
@@ -192,9 +193,9 @@ def recording(architecture: str, label: str = "") -> Iterator[list[CompileCase]]
     global _listener
     cases: list[CompileCase] = []
 
-    def note(kernel, config, arguments) -> None:
+    def note(kernel, grid, config, arguments) -> None:
         name = kernel.fn.__name__.strip("_").removesuffix("_kernel")
-        cases.append(case_of(f"{label}: {name}" if label else name, kernel, config, arguments))
+        cases.append(case_of(f"{label}: {name}" if label else name, kernel, grid, config, arguments))
 
     previous, _listener = _listener, note
     try:

@@ -108,10 +108,7 @@ def time_of_launches(launched: list[tuple]) -> float:
     from fastblocks.kernels import launch
 
     with mock.patch.object(launch, "_held", _Held()), mock.patch.object(torch.cuda, "current_device", lambda: 0):
-        return sum(
-            microseconds(lambda k=kernel, c=config, a=arguments: launch._launch_here(k, (1,), c, a))
-            for kernel, config, arguments in launched
-        )
+        return sum(microseconds(lambda launched=one: launch._launch_here(*launched)) for one in launched)
 
 
 def measure(function: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:

@@ -34,7 +34,7 @@ CLASSES = {
 }
 
 
-def python(code, folder=ROOT.parent, **environment):
+def python(code, folder=ROOT.parent, exit_code=0, **environment):
     """Run code in a fresh process, in a folder, and return what it prints."""
     clean = {
         name: value for name, value in os.environ.items() if name not in ("FASTBLOCKS_BACKEND", "TRITON_INTERPRET")
@@ -42,7 +42,7 @@ def python(code, folder=ROOT.parent, **environment):
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=clean | environment
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == exit_code, run.stderr
     return run.stdout.strip()
 
 
@@ -456,3 +456,20 @@ def test_explain_leaves_no_trace():
 def test_explain_with_keywords():
     block = fastblocks.AttentionRegisterRoFormerBlock(8, 2, 9, num_register_tokens=2, window_size=3)
     assert "rope_attention" in fastblocks.explain(block, torch.randn(1, 9, 8), return_registers=True)
+
+
+def test_self_test():
+    """`python -m fastblocks` says what runs here, and that it is right."""
+    said = python("import runpy; runpy.run_module('fastblocks', run_name='__main__')")
+    assert "torch " in said and "Triton: " in said and said.count(": right") == 6 and "WRONG" not in said
+
+
+def test_self_test_finds_a_wrong_block():
+    code = """
+import runpy, torch
+from fastblocks.eager import rows
+right = rows.rms_norm
+rows.rms_norm = lambda x, scale, eps: right(x, scale, eps) * (1.001 if x.dtype == torch.float32 else 1.0)
+runpy.run_module("fastblocks", run_name="__main__")
+"""
+    assert python(code, exit_code=1).count("WRONG") == 4

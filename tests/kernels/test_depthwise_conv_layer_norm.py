@@ -37,6 +37,7 @@ CASES = {
     "2-D, W 1": (1, 7, (8, 1), (7, 7), (1, 1), False, None),
     "2-D, stride": (1, 7, (5, 8), (7, 7), (2, 2), False, None),
     "2-D, uneven stride": (1, 5, (7, 4), (3, 3), (4, 1), False, None),
+    "2-D, uneven kernel and stride": (1, 5, (7, 6), (3, 7), (3, 2), False, None),
     "2-D, transposed": (1, 7, (3, 4), (7, 7), (2, 2), True, (6, 7)),
     "2-D, transposed, uneven": (1, 5, (2, 4), (3, 5), (3, 1), True, (5, 4)),
     "2-D, 15 × 15": (1, 3, (4, 8), (15, 15), (1, 1), False, None),
