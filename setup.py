@@ -49,6 +49,7 @@ setup(
     # A top-level package called `kernels` would overwrite Hugging Face's package of that name.
     package_dir={"fastblocks.kernels": "kernels"},
     package_data={"fastblocks": ["py.typed"]},
-    install_requires=["torch>=2.8", "numpy", 'triton>=3.4; platform_system == "Linux"'],
+    # Up to the last version that .ci/versions tries; each PyTorch wants one Triton, so its cap is this one.
+    install_requires=["torch>=2.8", "numpy", 'triton>=3.4,<3.10; platform_system == "Linux"'],
     extras_require={"bench": BENCH, "test": TEST},
 )

@@ -11,11 +11,14 @@ import triton.language as tl
 __all__ = [
     "HIP",
     "INTERPRETED",
+    "VERSION",
+    "allows_tf32",
     "architecture",
     "cdiv",
     "multiprocessors",
     "power_of_two",
     "pretending",
+    "shared_memory",
     "tl",
     "triton",
     "unsupported_reason",
@@ -24,9 +27,25 @@ __all__ = [
 # Triton reads TRITON_INTERPRET when a kernel is decorated, so it has to be set before this module is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
 HIP: bool = torch.version.hip is not None
+VERSION: tuple[int, ...] = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton
 
 # Of the architectures that reports are made for without one at hand.
 MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+
+# KiB of shared memory that a program can have. From NVIDIA's CUDA programming guide, table of compute capabilities, and
+# AMD's CDNA3 ISA, "Local data share". Other architectures count as the smallest of their vendor.
+SHARED_KIB = {
+    "sm_80": 163,
+    "sm_86": 99,
+    "sm_87": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_103": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "interpreter": 227,
+}
 
 _pretended: str | None = None  # an architecture that reports ask about
 
@@ -43,9 +62,35 @@ def power_of_two(n: int) -> int:
 
 def unsupported_reason(device: torch.device) -> str:
     """Why no kernel can run on this device; an empty string if one can."""
-    if INTERPRETED or device.type == "cuda":
+    if INTERPRETED:
         return ""
-    return f"the input is on {device.type}; Triton needs a GPU, or TRITON_INTERPRET=1 set before Python starts"
+    if device.type != "cuda":
+        return f"the input is on {device.type}; Triton needs a GPU, or TRITON_INTERPRET=1 set before Python starts"
+    return _too_old(architecture(device))
+
+
+@cache
+def _too_old(name: str) -> str:
+    """Triton supports NVIDIA's GPUs from compute capability 8.0 on; the ones before it have no bfloat16."""
+    if name.startswith("sm_") and int(name.removeprefix("sm_")) < 80:
+        return f"the GPU is {name}, Triton needs sm_80 or later"
+    return ""
+
+
+def allows_tf32() -> bool:
+    """Whether float32 products may round their operands to TF32.
+
+    PyTorch 2.9 has `fp32_precision` beside `allow_tf32`, follows both switches in it, and raises when `allow_tf32` is
+    read after the new switch was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def shared_memory(name: str) -> int:
+    """Bytes of shared memory that one program can have on an architecture."""
+    return SHARED_KIB.get(name, 64 if name.startswith("gfx") else 99) << 10
 
 
 def architecture(device: torch.device) -> str:

@@ -1,18 +1,31 @@
-"""What the operators launch at the standard workloads: the real launchers, run on meta tensors and recorded."""
+"""What the operators launch, at the standard workloads and at odd shapes: the real launchers, run on meta tensors and
+recorded."""
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALL_DTYPES = DTYPES | {"fp16": torch.float16}
+TF32 = " tf32"  # ends the labels of float32 shapes whose products may round to TF32
 ATTENTION = {  # tokens, heads, head size, window, registers
     "att-freq": (64, 4, 32, -1, 0),
     "att-time": (282, 4, 32, -1, 0),
     "att-long": (8192, 8, 64, 128, 4),
     "att-huge": (65536, 8, 32, 256, 8),
     "full": (4096, 8, 64, -1, 0),
+    "att-forty": (40, 4, 32, -1, 0),  # no power of two
 }
-RECURRENT = {"rnn-freq": (8, 16, 8, 2), "rnn-time": (8, 16, 16, 1), "rnn-wide": (4, 128, 128, 1)}  # G, I, H, N
+RECURRENT = {  # G, I, H, N
+    "rnn-freq": (8, 16, 8, 2),
+    "rnn-time": (8, 16, 16, 1),
+    "rnn-wide": (4, 128, 128, 1),
+    "rnn-64": (4, 64, 64, 1),
+    "rnn-packed": (8, 32, 4, 2),  # more inputs than a tile of all groups could have
+}
 CONVNEXT = {"cnx-1d": (16, 512, 1000)} | {  # B, C, sizes
     f"cnx-2d C {channels}": (4, channels, height, width)
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8))
@@ -76,23 +89,141 @@ WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by op
     "depthwise_conv_layer_norm": depthwise_conv_layer_norm,
     "convnext_mlp": convnext_mlp,
 }
+PRODUCTS = ("rope_attention", "grouped_rnn")  # operators whose kernels make float32 products
 
 
-def cases_of(operator: str, architecture: str) -> Iterator:
-    """Every launch of an operator at the standard workloads, as a `launch.CompileCase`."""
+@dataclass(frozen=True)
+class Shape:
+    """Arguments of an operator, on the device "meta"."""
+
+    operator: str
+    label: str
+    arguments: Arguments
+
+    @property
+    def tf32(self) -> bool:
+        return self.label.endswith(TF32)
+
+
+def standard_shapes() -> Iterator[Shape]:
+    """The standard workloads, operator by operator."""
+    for operator, workloads in WORKLOADS.items():
+        for label, arguments in workloads():
+            yield Shape(operator, label, arguments)
+            if operator in PRODUCTS and arguments[0].dtype == torch.float32:
+                yield Shape(operator, label + TF32, arguments)
+
+
+# ---- odd shapes ------------------------------------------------------------------------------------------------------
+
+
+def _attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    heads, head_dim = draw.randint(1, 8), 2 * draw.randint(4, draw.choice((16, 32, 128)))
+    tokens, window = (
+        draw.choice((draw.randint(1, 128), draw.randint(129, 3000))),
+        draw.choice((-1, draw.randint(1, 300))),
+    )
+    registers = draw.choice((0, draw.randint(1, 16), draw.randint(1, 64)))
+    registers_out = registers > 0 and draw.random() < 0.5
+    width = 3 * heads * head_dim
+    qkv, rope = empty(2, tokens, width, dtype=dtype), empty(registers + tokens, head_dim // 2, 2)
+    register_qkv = empty(1, registers, width, dtype=dtype) if registers else None
+    label = f"T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * registers_out}"
+    return label, (qkv, rope, heads, window, register_qkv, registers_out)
+
+
+def _recurrent(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    groups, directions = draw.randint(1, 16), draw.randint(1, 2)
+    inputs, hidden = (draw.randint(1, draw.choice((16, 32, 128))) for _ in range(2))
+    lstm, biased, given, keep_gates = (draw.choice((False, True)) for _ in range(4))
+    gates = 4 if lstm else 3
+    x = empty(3, 20, groups * inputs, dtype=dtype)
+    weights = [empty(directions, groups, gates * hidden, n, dtype=dtype) for n in (inputs, hidden)]
+    biases = [empty(directions, groups, gates * hidden, dtype=dtype) if biased else None for _ in range(2)]
+    state = empty(directions, 3, groups * hidden, dtype=dtype) if given else None
+    label = f"{'LSTM' if lstm else 'GRU'} groups {groups} of {inputs} -> {hidden} directions {directions}"
+    label += f"{' biases' * biased}{' state' * given}{' gates kept' * keep_gates}"
+    return label, (x, *weights, *biases, state, state if lstm else None, dtype, keep_gates or None)
+
+
+def _depthwise(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    dims, channels = draw.randint(1, 2), draw.randint(1, draw.choice((64, 256, 2048)))
+    sizes, half, stride = ([draw.randint(low, most) for _ in range(dims)] for low, most in ((1, 300), (0, 10), (1, 4)))
+    kernel, transposed, biased = [2 * n + 1 for n in half], draw.random() < 0.5, draw.random() < 0.5
+    out = [size * step if transposed else -(-size // step) for size, step in zip(sizes, stride, strict=True)]
+    weight, vector = empty(channels, 1, *kernel), empty(channels)
+    x = empty(2, channels, *sizes, dtype=dtype)
+    label = f"C {channels} sizes {sizes} kernel {kernel} stride {stride}{' transposed' * transposed}"
+    label += " bias" * biased
+    return label, (x, weight, vector if biased else None, vector, vector, stride, transposed, out, 1e-6, dtype)
+
+
+def _mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
+    sizes = [draw.randint(1, 100) for _ in range(draw.randint(1, 2))]
+    first, second = (empty(hidden, channels), empty(hidden)), (empty(c_out, hidden), empty(c_out))
+    residual = empty(2, c_out, *sizes) if draw.random() < 0.5 else None
+    label = f"{channels} -> {hidden} -> {c_out} sizes {sizes}{'' if residual is None else ' residual'}"
+    return label, (empty(2, *sizes, channels, dtype=dtype), *first, *second, residual, dtype)
+
+
+RANDOM = {
+    "rope_attention": _attention,
+    "grouped_rnn": _recurrent,
+    "depthwise_conv_layer_norm": _depthwise,
+    "convnext_mlp": _mlp,
+}
+
+
+def random_shapes(count: int, seed: int) -> list[Shape]:
+    """`count` shapes, of the operators in turn, operator by operator; the same ones for the same seed."""
+    draw, names = random.Random(seed), list(RANDOM)
+    shapes = []
+    for i in range(count):
+        operator, element = names[i % len(names)], draw.choice(list(ALL_DTYPES))
+        label, arguments = RANDOM[operator](draw, ALL_DTYPES[element])
+        tf32 = element == "fp32" and operator in PRODUCTS and draw.random() < 0.5
+        shapes.append(Shape(operator, f"{label} {element}{TF32 if tf32 else ''}", arguments))
+    return sorted(shapes, key=lambda shape: names.index(shape.operator))
+
+
+# ---- what they launch ------------------------------------------------------------------------------------------------
+
+
+def cases_of(shapes: Iterable[Shape], architecture: str) -> Iterator:
+    """Every launch at these shapes, as a `launch.CompileCase`; none where the kernels step aside."""
     from fastblocks.kernels.launch import recording
     from fastblocks.kernels.operator import all_operators
 
-    rehearse = all_operators()[operator].rehearse
-    for label, arguments in WORKLOADS[operator]():
-        if operator == "grouped_rnn" and not _fits(arguments, architecture):
+    operators = all_operators()
+    for shape in shapes:
+        if not _is_taken(shape, architecture):
             continue
-        with recording(architecture, label) as cases:
-            rehearse(*arguments)
+        with recording(architecture, shape.label) as cases, _tf32(shape.tf32):
+            operators[shape.operator].rehearse(*shape.arguments)
         yield from cases
 
 
-def _fits(arguments: Arguments, architecture: str) -> bool:
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _is_taken(shape: Shape, architecture: str) -> bool:
+    """Whether the kernels take a shape on an architecture."""
+    from fastblocks.kernels import runtime
+    from fastblocks.kernels.attention import operator as attention
     from fastblocks.kernels.recurrent.config import largest_hidden
 
-    return arguments[2].shape[3] <= largest_hidden(architecture, arguments[0].dtype == torch.float32)
+    arguments = shape.arguments
+    if shape.operator == "grouped_rnn":
+        return arguments[2].shape[3] <= largest_hidden(architecture, arguments[0].dtype == torch.float32)
+    if shape.operator == "rope_attention":
+        with runtime.pretending(architecture):
+            return not attention.unsupported_reason(*arguments)
+    return True

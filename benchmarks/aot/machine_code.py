@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Each multiprocessor: registers, shared memory (bytes; of all blocks, of one block), warps, blocks. From NVIDIA's CUDA
-# programming guide, table of compute capabilities; a block costs 1 KiB of shared memory more than it asks for.
+# Each multiprocessor: registers, warps, blocks. From NVIDIA's CUDA programming guide, table of compute capabilities; a
+# block costs 1 KiB of shared memory more than it asks for, so one that asks for all it may have fills a multiprocessor.
 LIMITS = {
-    "sm_80": (65536, 164 << 10, 163 << 10, 64, 32),
-    "sm_89": (65536, 100 << 10, 99 << 10, 48, 24),
-    "sm_90": (65536, 228 << 10, 227 << 10, 64, 32),
-    "sm_100": (65536, 228 << 10, 227 << 10, 64, 32),
+    "sm_80": (65536, 64, 32),
+    "sm_89": (65536, 48, 24),
+    "sm_90": (65536, 64, 32),
+    "sm_100": (65536, 64, 32),
 }
 LANES, RESERVED = 32, 1 << 10
 REGISTER_UNIT = 256  # registers are given to a warp in portions of this many
-# CDNA3: 512 vector registers a lane for each of four SIMDs, 8 waves each, 64 KiB of LDS
-VGPRS, VGPR_UNIT, SIMDS, WAVES, LDS = 512, 8, 4, 8, 64 << 10
+# CDNA3: 512 vector registers a lane for each of four SIMDs, 8 waves each
+VGPRS, VGPR_UNIT, SIMDS, WAVES = 512, 8, 4, 8
 
 SASS_MATRIX = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|IGMMA|DMMA|QMMA|OMMA|UTC[A-Z]*MMA)\b")
 AMD_MATRIX = re.compile(r"\b(v_mfma_[a-z0-9]+|v_smfmac_[a-z0-9]+)")
@@ -88,17 +88,18 @@ def _count(pattern: re.Pattern, text: str) -> dict[str, int]:
 
 def resident_warps(need: Resources, num_warps: int, architecture: str) -> int:
     """How many warps (waves) fit on a multiprocessor (compute unit) at a time; 0 if not one block does."""
+    from fastblocks.kernels.runtime import shared_memory
+
+    shared = shared_memory(architecture)
+    if need.shared_bytes > shared:
+        return 0
     if architecture.startswith("gfx"):
-        if need.shared_bytes > LDS:
-            return 0
-        blocks = LDS // need.shared_bytes if need.shared_bytes else SIMDS * WAVES
+        blocks = shared // need.shared_bytes if need.shared_bytes else SIMDS * WAVES
         granted = -(-max(need.registers or 1, 1) // VGPR_UNIT) * VGPR_UNIT
         waves = SIMDS * min(WAVES, VGPRS // granted)
         return min(waves // num_warps, blocks) * num_warps
-    registers, shared, of_block, warps, blocks = LIMITS[architecture]
-    if need.shared_bytes > of_block:
-        return 0
-    fitting = [blocks, warps // num_warps, shared // (need.shared_bytes + RESERVED)]
+    registers, warps, blocks = LIMITS[architecture]
+    fitting = [blocks, warps // num_warps, (shared + RESERVED) // (need.shared_bytes + RESERVED)]
     if need.registers:
         portion = -(-need.registers * LANES // REGISTER_UNIT) * REGISTER_UNIT
         fitting.append(registers // portion // num_warps)

@@ -32,24 +32,49 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
 
 
-def launch_config(kernel: str, n_rows: int, block_d: int, element_size: int, architecture: str) -> LaunchConfig:
+MOST_TF32 = 128  # channels of a head: of more, TF32 operands spill 0.5 kB a thread where float32 spills 0.2
+
+
+def most_registers(head_dim: int) -> int:
+    """How many register tokens the kernels take. Their keys and values are two tiles that a program holds beside its
+    own: more of them spill up to 5 kB a thread, and some need more shared memory than sm_80 and sm_89 have. What is
+    taken needs 86 kB at most for sm_80 and sm_89, 147 kB for sm_90, 32 kB for gfx942."""
+    block_d = tile(head_dim)
+    return 64 if block_d <= 64 else 16 if block_d <= 128 else 0
+
+
+def launch_config(
+    kernel: str, n_rows: int, block_d: int, element_size: int, architecture: str, tf32: bool = False
+) -> LaunchConfig:
     """The launch of one attention kernel; block_d is the padded head size.
 
     Predictions: a block of 128 queries reads its window's keys and table rows, which cost twice the bytes of a key in
     bfloat16, from L2 half as often as one of 64. Blocks of keys are larger than the blocks of queries that pass by,
     for the same reason. Two stages, because three hold twice the table in shared memory.
     """
+    if kernel == "whole_backward" and element_size == 4 and not tf32:
+        # 4 warps, or 64 queries under a mask, spill 1 to 7 kB a thread with Triton 3.6 or 3.7. From 3.8 on operands
+        # stay in registers, and 32 queries spill 0.3 to 0.6 kB.
+        return config(8, 1, BLOCK_M=32 if runtime.VERSION < (3, 8) else 16)
     if kernel.startswith("whole"):  # a warpgroup for every 64 rows
         return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only repeat each other's operands
-        return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d <= 64 else 32 if block_d <= 128 else 16)
+        if block_d > 64:  # 4 warps spill 0.3 kB a thread
+            return config(8, 1, BLOCK_N=16)
+        return config(4, 1, BLOCK_N=64 if element_size == 2 else 32)
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # of 8 warps ptxas makes 64 registers and a spill on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes a thread at D = 64
         return config(8, 1, BLOCK_M=32, BLOCK_N=32) if block_d <= 64 else config(8, 1, BLOCK_M=16, BLOCK_N=16)
-    if block_d > 64:
-        return config(8, 1, BLOCK_M=32, BLOCK_N=32) if kernel == "grad_key" else config(8, 1, BLOCK_M=64, BLOCK_N=32)
+    if block_d > 128:  # 32 queries spill 0.6 kB a thread, 64 up to 5.6
+        return config(8, 1, BLOCK_M=16, BLOCK_N=16)
     roomy = architecture in OPERANDS_IN_SHARED_MEMORY
+    if block_d > 64:
+        if kernel == "grad_key":
+            return config(8, 1, BLOCK_M=32, BLOCK_N=32)
+        if not roomy:  # 64 queries spill 0.6 kB a thread with register tokens
+            return config(4, 1, BLOCK_M=32, BLOCK_N=16)
+        return config(8, 1, BLOCK_M=64, BLOCK_N=32)
     if kernel == "grad_key":
         if block_d <= 32:
             return config(8, 2, BLOCK_M=32, BLOCK_N=128)
@@ -79,10 +104,10 @@ def tile(rows: int) -> int:
     return max(MIN_TILE, 1 << (rows - 1).bit_length())
 
 
-def whole_tiles(n_rows: int) -> tuple[int, int]:
-    """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0)."""
+def whole_tiles(n_rows: int, element_size: int = 2) -> tuple[int, int]:
+    """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0). Float32 takes one: two spill."""
     one = tile(n_rows)
-    if n_rows == one or one == MIN_TILE:
+    if n_rows == one or one == MIN_TILE or element_size == 4:
         return one, 0
     rest = tile(n_rows - one // 2)
     return (one, 0) if rest * 2 >= one else (one // 2, rest)
@@ -102,7 +127,7 @@ def plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, 
         window,
         qkv.dtype,
         registers_out,
-        torch.backends.cuda.matmul.allow_tf32,
+        qkv.dtype == torch.float32 and runtime.allows_tf32(),
         runtime.architecture(qkv.device),
     )
 
@@ -115,7 +140,8 @@ def _plan(
     n_rows = n_registers + n_tokens
     block_d, size = tile(head_dim), dtype.itemsize
     shared = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
-    products = {"PRECISION": "tf32" if tf32 and dtype == torch.float32 else "ieee"}
+    tf32 = tf32 and dtype == torch.float32 and block_d <= MOST_TF32
+    products = {"PRECISION": "tf32" if tf32 else "ieee"}
     has_window = window >= 0 and window // 2 < n_tokens - 1
     configs = {
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
@@ -124,13 +150,14 @@ def _plan(
     rotate = window >= 0 or n_tokens < ROTATE_FROM
 
     def chosen(kernel: str, **constants) -> LaunchConfig:
-        return launch_config(kernel, n_rows, block_d, size, architecture).with_(**shared, **products, **constants)
+        made = launch_config(kernel, n_rows, block_d, size, architecture, tf32)
+        return made.with_(**shared, **products, **constants)
 
     if short:
-        block_a, block_b = whole_tiles(n_rows)
+        block_a, block_b = whole_tiles(n_rows, size)
         n_queries = n_rows if registers_out else n_tokens
         for name in ("whole_forward", "whole_backward"):
-            block_m = min(launch_config(name, n_rows, block_d, size, architecture)["BLOCK_M"], tile(n_queries))
+            block_m = min(launch_config(name, n_rows, block_d, size, architecture, tf32)["BLOCK_M"], tile(n_queries))
             one = block_m >= n_queries
             configs[name] = chosen(
                 name,

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from fastblocks.eager import attention as eager
 from fastblocks.kernels.attention import long, registers, short
-from fastblocks.kernels.attention.config import plan_of, runs_short
+from fastblocks.kernels.attention.config import most_registers, plan_of, runs_short
 from fastblocks.kernels.operator import Operator
 
 __all__ = ["rope_attention", "unsupported_reason"]
 
 MIN_HEAD_DIM = 8
 MAX_HEAD_DIM = 256
-MAX_REGISTERS = 64  # one tile of keys
 
 
 def unsupported_reason(
@@ -44,8 +43,9 @@ def unsupported_reason(
         if register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device:
             found = f"{register_qkv.dtype} on {register_qkv.device}"
             return f"the registers are {found}, the tokens {qkv.dtype} on {qkv.device}"
-        if register_qkv.shape[1] > MAX_REGISTERS:
-            return f"{register_qkv.shape[1]} registers, the kernel takes {MAX_REGISTERS}"
+        n_registers, most = register_qkv.shape[1], most_registers(head_dim)
+        if n_registers > most:
+            return f"{n_registers} registers of head size {head_dim}, the kernel takes {most}"
     return ""
 
 

@@ -45,7 +45,12 @@ def rotate(
     even, odd = tl.split(tl.reshape(x.to(tl.float32), (ROWS, BLOCK_D // 2, 2)))
     if INVERSE:
         sin = -sin
-    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK_D))
+    rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK_D))
+    if x.dtype == tl.float32:
+        # For TF32 products Triton writes a reshaped operand to shared memory in the shape before, for which sm_90 has
+        # no layout. An addition that it cannot fold keeps the two apart; 16 bits have a conversion there.
+        rotated += 0.0
+    return rotated
 
 
 @triton.jit

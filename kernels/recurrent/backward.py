@@ -278,7 +278,8 @@ def backward(
         *_, gates, cell = again
         recompute = False
     tile = tile_of(groups, inputs, hidden)
-    config = at_least(table.time_loop(tile["PACK"] * tile["UNITS"], lstm, True, fused, dtype == torch.float32))
+    units, float32 = tile["PACK"] * tile["UNITS"], dtype == torch.float32
+    config = at_least(table.time_loop(units, lstm, True, fused, float32, h_first is not None))
     tiles = cdiv(batch, config["BLOCK_B"])
     grad_x = grad_sums = partial = None
     if fused:

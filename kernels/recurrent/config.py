@@ -1,5 +1,6 @@
 """Launch configurations of the recurrent kernels: tile sizes, warps and stages, and why."""
 
+from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 
 # Recurrences. `units` is the tile's width, a power of two from 16 on; `fused` says that the input's projection and all
@@ -22,6 +23,8 @@ BACKWARD = {
     64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
     128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),
 }
+# With a first state, three stages of an LSTM need 164 KB, 1 more than sm_80 has.
+BACKWARD_STATE_128 = config(8, 2, BLOCK_B=8, TRANSPOSED=1)
 # By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
 BACKWARD_FUSED = {
     (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers, two groups of 8 units 254
@@ -39,24 +42,33 @@ FLOAT32 = {
 FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers
 
 
-def time_loop(units: int, lstm: bool, backward: bool, fused: bool, float32: bool) -> LaunchConfig:
-    """A time loop's configuration."""
+def time_loop(units: int, lstm: bool, backward: bool, fused: bool, float32: bool, state: bool = False) -> LaunchConfig:
+    """A time loop's configuration; `state`: it starts from a state that is given."""
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
     if backward:
-        return BACKWARD_FUSED[units, lstm] if fused else BACKWARD[units]
+        if fused:
+            return BACKWARD_FUSED[units, lstm]
+        return BACKWARD_STATE_128 if state and lstm and units == 128 else BACKWARD[units]
     return FORWARD[units]
 
 
-def largest_hidden(architecture: str, float32: bool) -> int:
-    """The largest hidden size whose recurrent weights (LSTM, bytes: 4 · H² · 2 or 4) stay in shared memory.
+# Bytes of shared memory of the hungriest kernel, an LSTM's backward, by units, as Triton 3.7 reports them.
+SHARED, SHARED_FLOAT32 = {32: 45056, 64: 51200, 128: 155648}, {32: 39936, 64: 90112}
 
-    163 KB on sm_80, 227 KB from sm_90 on, 99 KB on the consumers' sm_86, sm_89 and sm_120, 64 KB on gfx942.
-    """
-    if architecture.startswith("gfx"):
-        return 32 if float32 else 64
-    return 64 if float32 or architecture in ("sm_86", "sm_89", "sm_120") else 128
+
+def largest_hidden(architecture: str, float32: bool) -> int:
+    """The largest hidden size whose recurrent weights, and what goes with them, an architecture can keep on chip."""
+    room = runtime.shared_memory(architecture)
+    return max(units for units, size in (SHARED_FLOAT32 if float32 else SHARED).items() if size <= room)
 
 
 # Gradients of the weights as one long product: 64 × 64 results a program keep 4 warps' sums in 32 registers.
 WEIGHTS = config(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)
+# A first state is a second operand beside the first: in float32 4 warps spill 336 bytes a thread there.
+WEIGHTS_FLOAT32 = config(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)
+
+
+def weight_gradient(float32: bool) -> LaunchConfig:
+    """The weights' gradients where the time loop does not sum them."""
+    return WEIGHTS_FLOAT32 if float32 else WEIGHTS

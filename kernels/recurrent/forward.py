@@ -33,7 +33,7 @@ from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
 
 # Columns of the smallest product: Triton before 3.6 takes 16.
-LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6) else 16
+LEAST_COLUMNS = 8 if runtime.VERSION >= (3, 6) else 16
 
 # One instruction, `tanh.approx`, good to 11 bits: enough for bfloat16, too little for float16. Inline PTX, which
 # tools that execute Triton's IR do not know: they may ask for the formula instead.
@@ -162,19 +162,20 @@ def _grouped_rnn_forward_kernel(
 
 @cache
 def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
-    """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G."""
+    """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G, but not past
+    FUSED_LIMIT inputs: 4 groups of 32 spilled 3.4 KB a thread in backward."""
     pack = 1
-    while pack * power_of_two(hidden) < 16 and groups % (2 * pack) == 0:
+    width, depth = power_of_two(hidden), power_of_two(inputs)
+    most = FUSED_LIMIT if inputs <= FUSED_LIMIT else depth * groups  # past the limit no tile holds inputs
+    while 2 * pack * width <= 16 and groups % (2 * pack) == 0 and 2 * pack * depth <= most:
         pack *= 2
     least = 16 // pack
-    units, fans = max(power_of_two(hidden), least), max(power_of_two(inputs), least)
-    return {"H": hidden, "UNITS": units, "I": inputs, "FANS": fans, "PACK": pack}
+    return {"H": hidden, "UNITS": max(width, least), "I": inputs, "FANS": max(depth, least), "PACK": pack}
 
 
 def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
     if dtype == torch.float32:
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        return {"ACTIVATION": "exact", "PRECISION": "tf32" if tf32 else "ieee"}
+        return {"ACTIVATION": "exact", "PRECISION": "tf32" if runtime.allows_tf32() else "ieee"}
     hardware = HARDWARE_TANH and dtype == torch.bfloat16 and runtime.architecture(x.device).startswith("sm_")
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 

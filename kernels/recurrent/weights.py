@@ -103,7 +103,7 @@ def weight_gradients(
     slices = min(SLICES, cdiv(batch * length, SLICE))
     slice_rows = cdiv(batch * length, slices)
     partial = x.new_empty(slices, grad_weight_ih.numel() + grad_weight_hh.numel(), dtype=torch.float32)
-    config = table.WEIGHTS
+    config = table.weight_gradient(grad_sums.dtype == torch.float32)
     for operand, size, first, out in (
         (x, inputs, None, partial),
         (y, hidden, h_first, partial[:, grad_weight_ih.numel() :]),

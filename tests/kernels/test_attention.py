@@ -178,13 +178,15 @@ def test_registers_without_a_window_in_blocks(device, blocks):
 
 @pytest.mark.parametrize("dim", [8, 10, 24, 72, 104, 128, 256])
 def test_head_sizes(device, dim):
-    check(device, 1, 33, 2, dim, 20, 9, True, True)  # the error of two registers alone is a matter of luck
+    registers = min(9, config.most_registers(dim))  # the error of two registers alone is a matter of luck
+    check(device, 1, 33, 2, dim, 20, registers, True, registers > 0)
 
 
 @pytest.mark.parametrize("dim", [8, 24, 104, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_sizes_in_blocks(device, blocks, dim, dtype):
-    check(device, 1, 70, 1, dim, 20, 9, True, True, dtype)
+    registers = min(9, config.most_registers(dim))
+    check(device, 1, 70, 1, dim, 20, registers, True, registers > 0, dtype)
 
 
 LAYOUTS = {
