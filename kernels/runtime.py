@@ -15,10 +15,10 @@ __all__ = [
     "allows_tf32",
     "architecture",
     "cdiv",
-    "multiprocessors",
     "power_of_two",
     "pretending",
     "shared_memory",
+    "sm_count",
     "tl",
     "triton",
     "unsupported_reason",
@@ -30,7 +30,7 @@ HIP: bool = torch.version.hip is not None
 VERSION: tuple[int, ...] = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton
 
 # Of the architectures that reports are made for without one at hand.
-MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+SM_COUNT = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # KiB of shared memory that a program can have. From NVIDIA's CUDA programming guide, table of compute capabilities, and
 # AMD's CDNA3 ISA, "Local data share". Other architectures count as the smallest of their vendor.
@@ -107,13 +107,13 @@ def _architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has; in the interpreter 4, so that loops over slabs are walked too."""
-    return MULTIPROCESSORS[_pretended] if _pretended else _multiprocessors(device)
+def sm_count(device: torch.device) -> int:
+    """How many SMs a device has; in the interpreter 4, so that loops over slabs are walked too."""
+    return SM_COUNT[_pretended] if _pretended else _sm_count(device)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     if _architecture(device) == "interpreter":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -15,8 +15,8 @@ from fastblocks.kernels.launch import LaunchConfig, config
 
 MIN_TILE = 16  # what tl.dot takes
 ROTATE_FROM = 1024  # from here on, without a window, q and k are rotated once, in a pass of their own (a prediction)
-CHUNK = 512  # keys a program of the registers' output: 16 programs a head at T = 8192, 128 at 65536 (a prediction)
-JOIN_ROWS = 4  # registers a program that joins chunks: few, because there are only B·H·R of them
+SPLIT = 512  # keys a program of the registers' output: 16 programs a head at T = 8192, 128 at 65536 (a prediction)
+COMBINE_ROWS = 4  # registers a program that combines splits: few, because there are only B·H·R of them
 PARTIAL_TILE = 8192  # elements of partial sums a program adds at a time: 64 registers of 128 threads
 
 # Their products read operands from shared memory; everywhere else (sm_80, sm_89, gfx942) operands take registers.
@@ -52,11 +52,11 @@ def launch_config(
     bfloat16, from L2 half as often as one of 64. Blocks of keys are larger than the blocks of queries that pass by,
     for the same reason. Two stages, because three hold twice the table in shared memory.
     """
-    if kernel == "whole_backward" and element_size == 4 and not tf32:
+    if kernel == "short_backward" and element_size == 4 and not tf32:
         # 4 warps, or 64 queries under a mask, spill 1 to 7 kB a thread with Triton 3.6 or 3.7. From 3.8 on operands
         # stay in registers, and 32 queries spill 0.3 to 0.6 kB.
         return config(8, 1, BLOCK_M=32 if runtime.VERSION < (3, 8) else 16)
-    if kernel.startswith("whole"):  # a warpgroup for every 64 rows
+    if kernel.startswith("short"):  # a warpgroup for every 64 rows
         return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only repeat each other's operands
         if block_d > 64:  # 4 warps spill 0.3 kB a thread
@@ -104,7 +104,7 @@ def tile(rows: int) -> int:
     return max(MIN_TILE, 1 << (rows - 1).bit_length())
 
 
-def whole_tiles(n_rows: int, element_size: int = 2) -> tuple[int, int]:
+def key_tiles(n_rows: int, element_size: int = 2) -> tuple[int, int]:
     """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0). Float32 takes one: two spill."""
     one = tile(n_rows)
     if n_rows == one or one == MIN_TILE or element_size == 4:
@@ -154,9 +154,9 @@ def _plan(
         return made.with_(**shared, **products, **constants)
 
     if short:
-        block_a, block_b = whole_tiles(n_rows, size)
+        block_a, block_b = key_tiles(n_rows, size)
         n_queries = n_rows if registers_out else n_tokens
-        for name in ("whole_forward", "whole_backward"):
+        for name in ("short_forward", "short_backward"):
             block_m = min(launch_config(name, n_rows, block_d, size, architecture, tf32)["BLOCK_M"], tile(n_queries))
             one = block_m >= n_queries
             configs[name] = chosen(
@@ -174,15 +174,15 @@ def _plan(
         block_r = tile(max(1, n_registers))
         flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
         has_registers = {"HAS_REGISTERS": n_registers > 0}
-        registers = {"BLOCK_R": block_r, "CHUNK": CHUNK, "ROTATE": rotate}
+        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATE": rotate}
         configs |= {
             "rotate": config(4, **shared, BLOCK_M=max(MIN_TILE, 4096 // block_d)),
-            "blocks_forward": chosen("blocks_forward", **flags, **has_registers),
+            "long_forward": chosen("long_forward", **flags, **has_registers),
             "grad_query": chosen("grad_query", **flags, **has_registers),
             "grad_key": chosen("grad_key", **flags, REGISTERS_OUT=registers_out),
             "register_forward": chosen("register", **registers),
             "register_backward": chosen("register", **registers),
-            "register_join": config(1, **shared, BLOCK_R=JOIN_ROWS),
+            "register_combine": config(1, **shared, BLOCK_R=COMBINE_ROWS),
         }
     scale = head_dim**-0.5 / math.log(2)
     return Plan(short, not short and not rotate, n_tokens, n_registers, window // 2, scale, configs)

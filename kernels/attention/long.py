@@ -106,7 +106,7 @@ def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _blocks_forward_kernel(
+def _long_forward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     n_tokens, n_registers, half_window, n_head, scale,
@@ -175,13 +175,13 @@ def _grad_query_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t,
-    n_tokens, n_registers, half_window, n_head, scale, n_slots,
+    n_tokens, n_registers, half_window, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = rowsum(out ∘ dout) (B, H, T), and the registers' dk, dv of these queries in slot 1 + block of
-    partial (B, n_slots, R, 3C) float32. grid (B·H·blocks,)."""
+    """dq, delta = rowsum(out ∘ dout) (B, H, T), and the registers' dk, dv of these queries in part 1 + block of
+    partial (B, n_parts, R, 3C) float32. grid (B·H·blocks,)."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     block = tl.program_id(0) % n_blocks
     start_m = block * BLOCK_M
@@ -222,8 +222,8 @@ def _grad_query_kernel(
         p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
         ds_r = round_to(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
         dq += dot(ds_r, k_r, PRECISION)
-        slot = b * n_slots + 1 + block
-        partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
+        part = b * n_parts + 1 + block
+        partial_ptr += part * n_registers * (3 * n_channels) + h * HEAD_DIM
         dv_r = dot(tl.trans(round_to(p_r, do.dtype)), do, PRECISION)
         store_rows(partial_ptr + 2 * n_channels, dv_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
@@ -406,9 +406,9 @@ def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | Non
 
 def forward(inputs: dict, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
     """Fills out (B, T, C) and, to keep, lse (B, H, T)."""
-    config, n_head = plan.configs["blocks_forward"], inputs["n_head"]
+    config, n_head = plan.configs["long_forward"], inputs["n_head"]
     launch(
-        _blocks_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
+        _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
         config, like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window, KEEP_LSE=keep,
     )  # fmt: skip
 
@@ -419,9 +419,9 @@ def n_query_blocks(plan: Plan) -> int:
 
 def backward(
     inputs: dict, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
-    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_slots: int, plan: Plan,
+    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills grad_qkv (B, T, 3C), and slots 1 … blocks of partial (B, n_slots, R, 3C) with the registers' dk and dv."""
+    """Fills grad_qkv (B, T, 3C), and parts 1 … blocks of partial (B, n_parts, R, 3C) with the registers' dk and dv."""
     batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
     both = {
@@ -430,7 +430,7 @@ def backward(
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
-        **both, out_ptr=out, partial_ptr=partial, n_slots=n_slots,
+        **both, out_ptr=out, partial_ptr=partial, n_parts=n_parts,
     )  # fmt: skip
     launch(
         _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,

@@ -94,14 +94,14 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, n_tokens, width = qkv.shape
     grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
-    n_slots, first_slot, last_slot_q, last_slot = 1, 0, 1, 1
+    n_parts, first_part, last_part_q, last_part = 1, 0, 1, 1
     if not plan.short:
         blocks = long.n_query_blocks(plan)
-        last_slot_q = registers.n_chunks(plan) if registers_out else 0
-        first_slot, last_slot, n_slots = 0 if registers_out else 1, 1 + blocks, max(1 + blocks, last_slot_q)
+        last_part_q = registers.n_splits(plan) if registers_out else 0
+        first_part, last_part, n_parts = 0 if registers_out else 1, 1 + blocks, max(1 + blocks, last_part_q)
     partial = qkv  # not written
     if plan.n_registers:
-        partial = torch.empty((batch, n_slots, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
+        partial = torch.empty((batch, n_parts, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
 
     if plan.short:
         short.backward(grad_out, grad_register_out, qkv, rope, n_head, register_qkv, grad_qkv, partial, plan)
@@ -109,14 +109,14 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
         inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
         register_lse = _of_registers(lse, out, n_head) if registers_out else lse
         long.backward(
-            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_slots, plan
+            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_parts, plan
         )
         if registers_out:
-            registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_slots, plan)
+            registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_parts, plan)
     if register_qkv is None:
         return grad_qkv, None, None
     grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    registers.gradient(partial, rope, n_head, grad_register, first_slot, last_slot_q, last_slot, plan)
+    registers.gradient(partial, rope, n_head, grad_register, first_part, last_part_q, last_part, plan)
     return grad_qkv, None, grad_register
 
 

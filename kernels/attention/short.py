@@ -10,7 +10,7 @@ is one kernel of five products, where the kernels for long sequences need seven.
 
 Bytes of a (batch, head): forward 4·T·D elements, backward 7·T·D (q, k, v, dout; dq, dk, dv), plus the table, which
 stays in the caches. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 64 and 91 FLOP a byte of bfloat16: memory
-decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T / (8·D) clocks of them a byte.
+decides, as long as the exponentials (16 per clock and SM) keep up: T / (8·D) clocks of them a byte.
 """
 
 from torch import Tensor
@@ -62,7 +62,7 @@ def _scores(
 
 
 @triton.jit
-def _whole_forward_kernel(
+def _short_forward_kernel(
     qkv_ptr, rope_ptr, register_ptr, out_ptr, register_out_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
     n_tokens, n_registers, half_window, n_head, scale,
@@ -144,7 +144,7 @@ def _store_gradient(
 
 
 @triton.jit
-def _whole_backward_kernel(
+def _short_backward_kernel(
     qkv_ptr, rope_ptr, register_ptr, grad_out_ptr, grad_register_out_ptr, grad_qkv_ptr, partial_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
@@ -261,7 +261,7 @@ def forward(
 ) -> None:
     """Fills out (B, T, C) and, where the plan has it, register_out (B, R, C)."""
     launch(
-        _whole_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_forward"], like=qkv,
+        _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
         stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
@@ -275,7 +275,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Fills grad_qkv (B, T, 3C) and partial (B, 1, R, 3C)."""
     launch(
-        _whole_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_backward"], like=qkv,
+        _short_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_backward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
         grad_qkv_ptr=grad_qkv, partial_ptr=partial,
         stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),

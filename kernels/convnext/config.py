@@ -9,7 +9,7 @@ from fastblocks.kernels.runtime import power_of_two
 @cache
 def depthwise_conv(
     architecture: str,
-    multiprocessors: int,
+    sm_count: int,
     *,
     batch: int,
     channels: int,
@@ -35,31 +35,31 @@ def depthwise_conv(
     block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     slices = batch * -(-channels // block_c)
-    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
         block_h //= 2
-    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
         block_w //= 2
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
 
 
 @cache
-def norm_backward(architecture: str, multiprocessors: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
+def norm_backward(architecture: str, sm_count: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
     """LN's gradient and how many programs share the rows.
 
     A tile of 2048 elements in 4 warps is 16 a thread; with three tiles of sums that is under 100 registers. Two
-    programs a multiprocessor: the second stage reads 12 bytes a channel and program.
+    programs per SM: the second stage reads 12 bytes a channel and program.
     """
     block_c = max(16, power_of_two(channels))
     warps = 8 if block_c >= 1024 else 4
     block_m = max(1, warps * 512 // block_c)
-    programs = max(1, min(-(-rows // block_m), multiprocessors * (2 if warps == 8 else 4)))
+    programs = max(1, min(-(-rows // block_m), sm_count * (2 if warps == 8 else 4)))
     return config(warps, BLOCK_C=block_c, BLOCK_M=block_m), programs
 
 
 @cache
 def grad_weight(
     architecture: str,
-    multiprocessors: int,
+    sm_count: int,
     *,
     batch: int,
     channels: int,
@@ -71,8 +71,8 @@ def grad_weight(
 
     `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels; `fused` is the
     gradient of x in the same pass. Tiles of [channels, runs]: 7 of sums, 4 of x, fused 4 of dx and 7 of weights more;
-    at 8 elements a thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About 4 programs a
-    multiprocessor is a prediction.
+    at 8 elements a thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About 4 programs per
+    SM is a prediction.
     """
     run = 4
     block_c = min(64, max(16, power_of_two(channels)))
@@ -80,7 +80,7 @@ def grad_weight(
     block_w = min(runs, power_of_two(-(-sizes[1] // run)))
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
-    slabs = max(1, min(tiles, 4 * multiprocessors // (parts * -(-channels // block_c))))
+    slabs = max(1, min(tiles, 4 * sm_count // (parts * -(-channels // block_c))))
     warps = 8 if fused and block_c == 64 else 4
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
 
@@ -122,6 +122,6 @@ def pointwise(columns: int) -> LaunchConfig:
     return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, power_of_two(columns))))
 
 
-def slabs(multiprocessors: int, tiles: int, columns: int) -> int:
-    """Programs that share `tiles` rows of tiles, `columns` programs beside each other: 4 a multiprocessor."""
-    return max(1, min(tiles, 4 * multiprocessors // columns))
+def slabs(sm_count: int, tiles: int, columns: int) -> int:
+    """Programs that share `tiles` rows of tiles, `columns` programs beside each other: 4 per SM."""
+    return max(1, min(tiles, 4 * sm_count // columns))

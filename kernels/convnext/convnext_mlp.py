@@ -247,7 +247,7 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = torch.empty((batch * positions, c_out), dtype=dtype, device=grad_y.device)
     chosen = config.transposing(c_out)
     blocks_s, blocks_c = cdiv(positions, chosen["BLOCK_S"]), cdiv(c_out, chosen["BLOCK_C"])
-    slabs = config.slabs(runtime.multiprocessors(grad_y.device), batch * blocks_s, blocks_c)
+    slabs = config.slabs(runtime.sm_count(grad_y.device), batch * blocks_s, blocks_c)
     partial = torch.empty((slabs, c_out), dtype=torch.float32, device=grad_y.device)
     launch(
         _to_rows_kernel,
@@ -274,7 +274,7 @@ def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     hidden = torch.empty_like(grad)
     chosen = config.pointwise(hidden_units)
     blocks_f = cdiv(hidden_units, chosen["BLOCK_F"])
-    slabs = config.slabs(runtime.multiprocessors(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
+    slabs = config.slabs(runtime.sm_count(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
     partial = torch.empty((slabs, hidden_units), dtype=torch.float32, device=pre.device)
     launch(
         _grad_activation_kernel,

@@ -291,7 +291,7 @@ def convolve(
     vector = vector_of(x, width) if stride == (1, 1) else 1
     chosen = config.depthwise_conv(
         runtime.architecture(x.device),
-        runtime.multiprocessors(x.device),
+        runtime.sm_count(x.device),
         batch=batch,
         channels=channels,
         sizes=(-(-height_out // gaps[0]), -(-width_out // gaps[1])),

@@ -312,10 +312,10 @@ def backward(
     batch, channels, height, width = x.shape
     height_out, width_out = grad_y.shape[1:3]
     grad_weight, grad_norm_weight, grad_norm_bias, grad_bias = grads
-    architecture, multiprocessors = runtime.architecture(x.device), runtime.multiprocessors(x.device)
+    architecture, sm_count = runtime.architecture(x.device), runtime.sm_count(x.device)
 
     rows = rstd.numel()
-    chosen, programs = config.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
+    chosen, programs = config.norm_backward(architecture, sm_count, channels=channels, rows=rows)
     grad_u = torch.empty_like(grad_y)
     norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
     launch(
@@ -341,7 +341,7 @@ def backward(
     fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
     chosen, slabs = config.grad_weight(
         architecture,
-        multiprocessors,
+        sm_count,
         batch=batch,
         channels=channels,
         sizes=(-(-height // gaps[0]), -(-width // gaps[1])),

@@ -407,7 +407,7 @@ def fused_backward(
     if grads is not None:
         chosen = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
         blocks_s, chunks = cdiv(positions, chosen["BLOCK_M"]), cdiv(hidden, chosen["BLOCK_F"])
-        slabs = max(1, min(batch * blocks_s, runtime.multiprocessors(x.device) // chunks))
+        slabs = max(1, min(batch * blocks_s, runtime.sm_count(x.device) // chunks))
         partial = torch.empty((slabs, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
         launch(
             _mlp_grad_weight_kernel,

@@ -2,8 +2,9 @@
 
 A tile packs groups side by side, each with its H hidden units rounded up to UNITS, so that small groups still fill a
 tensor core's tile: its weights are block-diagonal, and the blocks off the diagonal are zeros that are never read.
-Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four sums a unit and step,
-because a GRU's n keeps `U_n h + c_n` apart: that is its sum 3. A GRU's tuples of four weights repeat the third.
+Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four preactivations a unit
+and step, because a GRU's n keeps `U_n h + c_n` apart: that is its number 3. A GRU's tuples of four weights repeat the
+third.
 
 TRANSPOSED tiles have the batch in columns: the weights are then the first operand of a product, and 8 rows of batch
 fill a tensor core's instruction instead of 16.
@@ -43,13 +44,13 @@ def sigmoid(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate(sums, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The four sums of a step to what is kept of it: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
-    gate0 = sigmoid(sums[0], ACTIVATION)
-    gate1 = sigmoid(sums[1], ACTIVATION)
+def activate(preactivations, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The four preactivations of a step to what is kept of it: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
+    gate0 = sigmoid(preactivations[0], ACTIVATION)
+    gate1 = sigmoid(preactivations[1], ACTIVATION)
     if LSTM:
-        return gate0, gate1, tanh(sums[2], ACTIVATION), sigmoid(sums[3], ACTIVATION)
-    return gate0, gate1, tanh(sums[2] + gate0 * sums[3], ACTIVATION), sums[3]
+        return gate0, gate1, tanh(preactivations[2], ACTIVATION), sigmoid(preactivations[3], ACTIVATION)
+    return gate0, gate1, tanh(preactivations[2] + gate0 * preactivations[3], ACTIVATION), preactivations[3]
 
 
 @triton.jit
@@ -63,13 +64,13 @@ def across(vector, ROWS: tl.constexpr):
 
 @triton.jit
 def weight_index(
-    first, offs_u, offs_k, H, UNITS, K, FANS, SUMS: tl.constexpr, UNITS_FIRST: tl.constexpr
+    first, offs_u, offs_k, H, UNITS, K, FANS, GATES: tl.constexpr, UNITS_FIRST: tl.constexpr
 ):  # fmt: skip
-    """Offsets into (N·G, SUMS·H, K), and their mask; `first` is the tile's first n·G + g."""
+    """Offsets into (N·G, GATES·H, K), and their mask; `first` is the tile's first n·G + g."""
     u = across(offs_u, UNITS_FIRST)
     k = across(offs_k, not UNITS_FIRST)
     mask = (u // UNITS == k // FANS) & (u % UNITS < H) & (k % FANS < K)
-    return ((first + u // UNITS) * (SUMS * H) + u % UNITS) * K + k % FANS, mask
+    return ((first + u // UNITS) * (GATES * H) + u % UNITS) * K + k % FANS, mask
 
 
 @triton.jit
@@ -77,8 +78,8 @@ def load_weights(
     ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr
 ):
     """The tiles of all gates, block-diagonal: [units, k], or [k, units]."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, UNITS_FIRST)
+    GATES: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, UNITS_FIRST)
     w0 = round_to(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
     w1 = round_to(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
     w2 = round_to(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
@@ -92,14 +93,14 @@ def load_weights(
 def load_biases(
     bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """What the four sums start from; zeros where there are no biases."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
+    """What the four preactivations start from; zeros where there are no biases."""
+    GATES: tl.constexpr = 4 if LSTM else 3
     unit = across(offs_u, TRANSPOSED)
     if bias_ih_ptr is None:
         b0 = tl.zeros(unit.shape, tl.float32)
         return b0, b0, b0, b0
     else:
-        index = (first + unit // UNITS) * (SUMS * H) + unit % UNITS
+        index = (first + unit // UNITS) * (GATES * H) + unit % UNITS
         mask = unit % UNITS < H
         b0 = load_float(bias_ih_ptr + index, mask) + load_float(bias_hh_ptr + index, mask)
         b1 = load_float(bias_ih_ptr + index + H, mask) + load_float(bias_hh_ptr + index + H, mask)
@@ -173,28 +174,28 @@ def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def product(activations, weights, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + activations · weights; transposed: sums + weights · activations."""
+def product(activations, weights, accumulator, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + activations · weights; transposed: accumulator + weights · activations."""
     if TRANSPOSED:
-        return dot(weights, activations, PRECISION, sums)
+        return dot(weights, activations, PRECISION, accumulator)
     else:
-        return dot(activations, weights, PRECISION, sums)
+        return dot(activations, weights, PRECISION, accumulator)
 
 
 @triton.jit
-def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
+def outer_product(left, right, accumulator, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
     if TRANSPOSED:
-        return dot(left, tl.trans(right), PRECISION, sums)
+        return dot(left, tl.trans(right), PRECISION, accumulator)
     else:
-        return dot(tl.trans(left), right, PRECISION, sums)
+        return dot(tl.trans(left), right, PRECISION, accumulator)
 
 
 @triton.jit
-def input_sums(
+def input_preactivations(
     x, weights, SHAPE: tl.constexpr, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """What a step's input adds to the sums; to a GRU's sum 3 nothing."""
+    """What a step's input adds to the preactivations; to a GRU's number 3 nothing."""
     nothing = tl.zeros(SHAPE, tl.float32)
     s0 = product(x, weights[0], nothing, TRANSPOSED, PRECISION)
     s1 = product(x, weights[1], nothing, TRANSPOSED, PRECISION)
@@ -206,22 +207,24 @@ def input_sums(
 
 
 @triton.jit
-def state_sums(h, weights, sums, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """The sums with what the hidden state adds to them."""
-    s0 = product(h, weights[0], sums[0], TRANSPOSED, PRECISION)
-    s1 = product(h, weights[1], sums[1], TRANSPOSED, PRECISION)
+def state_preactivations(
+    h, weights, preactivations, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The preactivations with what the hidden state adds to them."""
+    s0 = product(h, weights[0], preactivations[0], TRANSPOSED, PRECISION)
+    s1 = product(h, weights[1], preactivations[1], TRANSPOSED, PRECISION)
     if LSTM:
-        s2 = product(h, weights[2], sums[2], TRANSPOSED, PRECISION)
-        return s0, s1, s2, product(h, weights[3], sums[3], TRANSPOSED, PRECISION)
+        s2 = product(h, weights[2], preactivations[2], TRANSPOSED, PRECISION)
+        return s0, s1, s2, product(h, weights[3], preactivations[3], TRANSPOSED, PRECISION)
     else:
-        return s0, s1, sums[2], product(h, weights[2], sums[3], TRANSPOSED, PRECISION)
+        return s0, s1, preactivations[2], product(h, weights[2], preactivations[3], TRANSPOSED, PRECISION)
 
 
 @triton.jit
 def store_weights(ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, tiles):
     """The blocks of the diagonal of [k, units] tiles, gate by gate."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, False)
+    GATES: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, False)
     tl.store(ptr + index, tiles[0], mask=mask)
     tl.store(ptr + index + H * K, tiles[1], mask=mask)
     tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)

@@ -9,13 +9,13 @@ from fastblocks.kernels.launch import LaunchConfig, config
 #
 # Products of 16 bits run transposed, weights · h with the batch in columns: an instruction takes 8 columns, so 8 rows
 # of batch halve the work on the chain (units 16: 12 MUFU and 110 instructions a step; 16 rows of batch in rows: 24 and
-# 166), twice as many programs fill twice as many multiprocessors, and at one warp h reaches its next product by two
+# 166), twice as many programs fill twice as many sm_count, and at one warp h reaches its next product by two
 # shuffles, without shared memory. A warp takes 16 units of a gate, so the layouts of sums, gates and state agree.
 FORWARD = {
     16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
     32: config(1, 3, BLOCK_B=8, TRANSPOSED=1),  # 80 registers; a second warp would need a barrier a step
     64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
-    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program a multiprocessor
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program per SM
 }
 BACKWARD = {
     16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),

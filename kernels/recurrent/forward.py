@@ -14,13 +14,13 @@ from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
-    input_sums,
+    input_preactivations,
     load_biases,
     load_float,
     load_padded,
     load_quads,
     load_weights,
-    state_sums,
+    state_preactivations,
     store_quads,
     tanh,
     unpack,
@@ -126,7 +126,7 @@ def _grouped_rnn_forward_kernel(
     t = start.to(tl.int64)
     if FUSED:
         x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
-        s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     rounded = round_to(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
@@ -140,8 +140,8 @@ def _grouped_rnn_forward_kernel(
             s1 += biases[1]
             s2 += biases[2]
             s3 += biases[3]
-        sums = state_sums(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
-        g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+        preactivations = state_preactivations(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+        g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
         if LSTM:
             c = g1 * c + g0 * g2
             h = g3 * tanh(c, ACTIVATION)
@@ -154,7 +154,7 @@ def _grouped_rnn_forward_kernel(
         if cell_ptr is not None:
             tl.store(cell_ptrs + t * stride_c_t, round_to(c, DTYPE), mask=mask)
         if FUSED:
-            s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
         tl.store(c_last_ptr + state_index, round_to(c, DTYPE), mask=mask)
@@ -206,7 +206,7 @@ def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """(G, B·T, N·H·4): the inputs' part of the sums of all steps, one batched product."""
+    """(G, B·T, N·H·4): the inputs' part of all steps' preactivations, one batched product."""
     groups, inputs, _ = weight.shape
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 

@@ -12,12 +12,12 @@ Dtypes: everything is computed from x and weights rounded to `dtype`, which y an
 dtype, or under autocast its dtype (float32 inputs are then rounded inside the kernel). Gradients have their input's.
 
 Two ways, by size (`forward.FUSED_LIMIT`). Bytes and FLOPs are a layer's, in 16 bits, M = B·T·G·N:
-- **Fused** (I, H ≤ 32, no biases): the loop also multiplies W x, and backward also sums ∂W, ∂U and makes ∂x. Forward
+- **Fused** (I, H ≤ 32, no biases): the loop also multiplies W x, and backward also sums ∂W, ∂U and ∂x. Forward
   reads x and writes y: 2·M·(I + H) bytes, 2·M·S·H·(I + H) FLOPs. Backward reads x, y, ∂y and writes ∂x: 4·M·(I + H)
-  bytes; it makes the gates again: three times the forward's FLOPs. Kept: only x and y; an LSTM's cells, 2·M·H bytes.
-- **Apart**: one batched product makes W x of all steps (four values a unit side by side, one word of 64 bits a step),
-  the loop reads it and writes the gates in its place, 2·8·M·H bytes; backward reads them and writes the sums' gradients
-  in the same layout, from which a batched product makes ∂x, and `weights` ∂W and ∂U. Kept: the gates,
+  bytes; it recomputes the gates: three times the forward's FLOPs. Kept: only x and y; an LSTM's cells, 2·M·H bytes.
+- **Apart**: one batched product computes W x of all steps (four values a unit side by side, a word of 64 bits a step),
+  the loop reads it and writes the gates in its place, 2·8·M·H bytes; backward reads them and writes the preactivations'
+  gradients in the same layout, from which a batched product computes ∂x, and `weights` ∂W and ∂U. Kept: the gates,
   8·M·H bytes, which are in memory anyway; an LSTM's cells, 2·M·H.
 
 `keep_gates` overrules what is kept: True keeps the gates in the fused way too, False drops them in the other, where
