@@ -1,9 +1,9 @@
-"""What is particular to registers in attention over a long sequence: their output, and their gradients' sums.
+"""Register tokens in attention over a long sequence: their output, and the sums of their gradients.
 
-A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split, a program a
-split; the partial softmaxes (m, l, acc) are combined in the order of the splits. The gradients of registers are sums
-over all tokens (and the batch, where it shares its registers): each block of tokens has left a float32 partial sum, and
-they are added in the order of the blocks. No atomics: two runs give the same bits.
+A register token sees everything, which over 16k keys is 50 times a window's work. So the keys are split, one program
+per split, and the partial softmaxes (m, total, acc) are combined in the order of the splits. The gradients of register
+tokens are sums over all tokens (and the batch, where it shares its register tokens): each block of tokens has stored a
+float32 partial sum, and they are added in the order of the blocks. No atomics: two runs give the same bits.
 
 Bytes: forward 2·T·C elements read and 4·R·C·T / SPLIT written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
@@ -27,8 +27,10 @@ def _register_forward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·splits,). m, total: (B, H, splits, R); acc: (B, H, splits, R, D). The registers'
-    own keys belong to split 0."""
+    """Partial softmaxes of the register tokens over SPLIT keys each; their own keys belong to split 0.
+
+    m, total: (B, H, splits, R); acc: (B, H, splits, R, D), all float32. grid (B·H·splits,), splits fastest.
+    """
     split = tl.program_id(0) % n_splits
     slab = tl.program_id(0) // n_splits
     b = (slab // n_head).to(tl.int64)
@@ -71,7 +73,7 @@ def _register_combine_kernel(
     m_ptr, total_ptr, acc_ptr, register_out_ptr, register_lse_ptr, n_registers, n_head, n_splits, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Combine the splits' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
+    """Combine the splits' partial softmaxes in order. grid (B·H·blocks of R,), blocks fastest."""
     n_blocks = tl.cdiv(n_registers, BLOCK_R)
     slab = tl.program_id(0) // n_blocks
     b = (slab // n_head).to(tl.int64)
@@ -107,8 +109,8 @@ def _register_backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Registers as queries: their dq over a split of keys, to part `split` of partial (B, n_parts, R, 3C). Chunk 0 has
-    their own keys too, with these dk and dv. grid (B·H·splits,)."""
+    """Register tokens as queries: their dq over a split of keys, to part `split` of partial (B, n_parts, R, 3C).
+    Split 0 also covers their own keys and stores those dk and dv. grid (B·H·splits,), splits fastest."""
     split = tl.program_id(0) % n_splits
     slab = tl.program_id(0) // n_splits
     b = (slab // n_head).to(tl.int64)
@@ -150,7 +152,7 @@ def _register_backward_kernel(
 
 @triton.jit
 def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexpr):
-    """dq, unscaled, of keys 0 ≤ n < end of a block."""
+    """What a block's keys 0 ≤ n < end add to dq, unscaled."""
     seen = (tl.arange(0, k.shape[0]) < end)[None, :]
     p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
     ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
@@ -163,10 +165,11 @@ def _register_gradient_kernel(
     first_part, last_part_q, last_part,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REGISTERS_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Add up parts first_part … last_part - 1 (for q: last_part_q) of n_batches batches, rotate q and k back, store.
+    """Add up parts first_part … last_part - 1 (for q: last_part_q - 1), rotate q and k back, store.
 
-    partial: (B, n_parts, R, 3C) float32. grad_register: (B / n_batches, R, 3C). grid (B / n_batches · R · 3H,).
-    Without REGISTERS_OUT a register has asked nothing: its dq is zero, and no part holds one.
+    partial: (B, n_parts, R, 3C) float32. grad_register: (B / n_batches, R, 3C), where n_batches samples share it.
+    Without REGISTERS_OUT register tokens were no queries: their dq is zero, and no part holds one.
+    grid (B / n_batches · R · 3H,).
     """
     head = tl.program_id(0) % (3 * n_head)  # of q, then k, then v
     r = (tl.program_id(0) // (3 * n_head)) % n_registers
@@ -195,7 +198,7 @@ def n_splits(plan: Plan) -> int:
 
 
 def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
-    """Fills register_out (B, R, C) and, to keep, register_lse (B, H, R)."""
+    """Fills register_out (B, R, C) and, with keep, register_lse (B, H, R)."""
     batch, n_registers, channels = register_out.shape
     n_head, splits = inputs["n_head"], n_splits(plan)
     rows = (batch, n_head, splits, n_registers)
@@ -217,8 +220,8 @@ def backward(
     inputs: dict, grad_register_out: Tensor, register_out: Tensor, register_lse: Tensor, partial: Tensor,
     n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills parts 0 … splits - 1 of partial (B, n_parts, R, 3C) with the registers' dq, and part 0 with dk and dv of
-    what they see of each other."""
+    """Fills parts 0 … splits - 1 of partial (B, n_parts, R, 3C) with the register tokens' dq, and part 0 with dk and dv
+    from what they see of each other."""
     splits = n_splits(plan)
     launch(
         _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * splits,),
@@ -236,7 +239,7 @@ def gradient(
     """Fills grad_register (B or 1, R, 3C) with the sum of partial (B, n_parts, R, 3C)."""
     groups, n_registers, _ = grad_register.shape
     n_parts, n_batches = partial.shape[1], partial.shape[0] // groups
-    if n_parts == 1:  # one partial sum a batch: as if all were of one
+    if n_parts == 1:  # one part per sample: add the samples as if they were parts of one
         n_parts, last_part_q, last_part, n_batches = n_batches, n_batches, n_batches, 1
     launch(
         _register_gradient_kernel, (groups * n_registers * 3 * n_head,), plan.configs["register_gradient"],

@@ -1,4 +1,4 @@
-"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `operator` tells the story."""
+"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. Formulas: `operator`."""
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
@@ -75,12 +75,19 @@ def _grouped_rnn_backward_kernel(
     TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
+    UNITS, and I inputs, padded to FANS.
+
+    gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two), or None: recompute them.
+    cell_ptr: (G, B·T, N, H). FUSED: fills grad_x (N, B, T, G·I), a tensor per direction, and row `tile` of partial
+    (tiles, partial_size); else grad_preactivations_words, laid out as gates. STAGES: of the time loop's pipeline.
+    """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     GATES: tl.constexpr = 4 if LSTM else 3
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
-    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
-    RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates, from x and y, which are there anyway
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
+    RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates, from x and y, which are kept anyway
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
     direction = tl.program_id(0) // packs % DIRECTIONS
@@ -141,7 +148,8 @@ def _grouped_rnn_backward_kernel(
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
 
     # Gates are recomputed one iteration early, off the critical path from ∂h to ∂h: step s works on what the iteration
-    # before prepared. The first iteration only prepares: its step has no gradient and a forget gate of 1.
+    # before prepared. The first iteration only prepares: its step has zero gradients and a g1 (z or
+    # forget gate) of 1.
     last = length - 1
     if RECOMPUTE:
         last = length
@@ -159,7 +167,7 @@ def _grouped_rnn_backward_kernel(
         prepared = s - 1 if RECOMPUTE else s
         t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
         t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
-        later = prepared > 0  # than the first step, whose state comes from outside
+        later = prepared > 0  # the state before the first step is h_first, not in y
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
         h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
         if h_first_ptr is not None:
@@ -167,7 +175,7 @@ def _grouped_rnn_backward_kernel(
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
             x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
-        if LSTM:  # c is c_prev of the iteration before, but a value carried over two would end the loads' pipeline
+        if LSTM:  # c is the last iteration's c_prev, but carrying it over would end the pipelining of loads
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
@@ -267,7 +275,7 @@ def backward(
     gates: Tensor | None,
     cell: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes; None of a None."""
+    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes, or None."""
     dtype = y.dtype
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
