@@ -37,9 +37,9 @@ def _validated(name: str, source: str) -> str:
 
 
 _initial = _validated(os.environ.get("FASTBLOCKS_BACKEND", "auto"), "FASTBLOCKS_BACKEND")
-_of_process: "list[use_backend]" = []  # selections from here on; the last one counts
+_of_process: "list[use_backend]" = []  # process-wide selections; the last one counts
 _of_block: ContextVar[tuple[str, ...]] = ContextVar("fastblocks_backend", default=())  # innermost last
-_traced = threading.local()  # the same once more: torch.compile can neither trace nor guard a ContextVar
+_traced = threading.local()  # a copy for traced code: torch.compile can neither trace nor guard a ContextVar
 _decisions: "ContextVar[list[Decision] | None]" = ContextVar("fastblocks_decisions", default=None)  # of `explain`
 
 
@@ -94,7 +94,7 @@ class use_backend(ContextDecorator):
 
     def __init__(self, name: str):
         self.name = _validated(name, "backend")
-        _of_process.append(self)  # until it turns out to be meant for a block
+        _of_process.append(self)  # undone if it turns out to be meant for a block
 
     def _only_for_a_block(self) -> None:
         if self in _of_process:
@@ -122,7 +122,7 @@ def _kernel_runtime() -> "tuple[ModuleType | None, str]":
     try:
         from fastblocks.kernels import runtime
     except ImportError as problem:
-        if (problem.name or "").startswith("fastblocks"):  # not a machine without Triton, but half an installation
+        if (problem.name or "").startswith("fastblocks"):  # a part of fastblocks is missing, not Triton
             reason = f"this installation of fastblocks is incomplete: {problem}"
             warnings.warn(f"{reason}; everything runs in plain PyTorch", stacklevel=2)
             return None, reason
@@ -148,7 +148,7 @@ def decide(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[]
 
 
 def declined(operation: str, reason: str) -> None:
-    """Tell `explain` that an operation was not even asked for, and why."""
+    """Tell `explain` that a module did without a fused operation, and why."""
     _note(Decision(operation, "eager", reason))
 
 

@@ -16,8 +16,8 @@ from fastblocks.generator._layers import may_fuse
 class Fourier(nn.Module):
     """Short-time Fourier transform and its inverse, Hann window, centred, reflect-padded.
 
-    Computed in float32 (float64 for float64), whatever the module's dtype; results come back in the input's dtype, and
-    under autocast, whose operations cast what they are given, as they are.
+    Computed in float32 (float64 for float64), whatever the module's dtype; results are returned in the input's dtype,
+    but under autocast, whose operations cast their inputs, in the dtype they were computed in.
 
     Args:
         n_fft: window length in samples.
@@ -63,7 +63,7 @@ class Fourier(nn.Module):
         with without_autocast(sp.device):
             spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
             frames = torch.fft.irfft(spectrum.transpose(1, 2), self.n_fft) * window  # (B, frames, n_fft)
-            # torch.istft would wait for the GPU here, to look at the smallest value of the envelope
+            # torch.istft would synchronise with the GPU here, to check the envelope's minimum
             envelope = self._overlap_add((window * window).expand(1, frames.shape[1], -1))
             y = self._overlap_add(frames) / envelope.where(envelope > 1e-11, 1)
             start = self.n_fft // 2
@@ -75,13 +75,13 @@ class Fourier(nn.Module):
         return y if autocast_enabled(x.device) else y.to(x.dtype)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
-        """(B, frames, n_fft) -> (B, (frames - 1) · hop_length + n_fft): the transpose of cutting into frames."""
+        """(B, frames, n_fft) -> (B, (frames - 1) · hop_length + n_fft): the transpose of framing."""
         length = (frames.shape[1] - 1) * self.hop_length + self.n_fft
         # what torch.istft calls, too; torch.nn.functional.fold takes eight times as long on a CPU
         return torch.ops.aten.unfold_backward(frames, [frames.shape[0], length], 1, self.n_fft, self.hop_length)
 
     def _window(self, x: Tensor) -> Tensor:
-        """The window in the dtype of the transform; a window that was cast down to bfloat16 is made anew."""
+        """The window in the dtype of the transform; a window that was cast to 16 bits is computed again."""
         wide = torch.promote_types(x.dtype, torch.float32)
         if self.window.dtype in (torch.bfloat16, torch.float16):
             return torch.hann_window(self.n_fft, dtype=wide, device=self.window.device)
@@ -156,7 +156,7 @@ def covered_bins(filters: np.ndarray) -> list[tuple[int, int]]:
 
 
 class BandLinear(nn.Module):
-    """A Linear a band, (…, K, in) -> (…, K, out): weight (K, in, out), bias (K, out)."""
+    """One Linear per band, (…, K, in) -> (…, K, out): weight (K, in, out), bias (K, out)."""
 
     def __init__(self, bands: int, inputs: int, outputs: int):
         super().__init__()
@@ -172,10 +172,10 @@ class BandLinear(nn.Module):
 
 
 class Band(nn.Module):
-    """A learned split of a spectrum into overlapping bands, and the way back: a Linear a band.
+    """A learned split of a spectrum into overlapping bands, and the way back: one Linear per band.
 
-    Band k covers the bins where its triangular filter is nonzero; a bin belongs to two bands or so. The filters' values
-    weigh nothing.
+    Band k covers the bins where its triangular filter is nonzero; a bin belongs to two bands or so. The split does not
+    weight bins by the filters' values.
 
     Args:
         sr: sample rate in Hz.

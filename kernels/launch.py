@@ -1,12 +1,12 @@
-"""Every kernel is launched here: on the tensors' device, by keyword, and held once it is compiled.
+"""Every kernel is launched here: by keyword, on the tensors' device, and cached once compiled.
 
 Triton's `kernel[grid](…)` binds and specialises its arguments in Python at every call, 10 µs with 21 arguments. Here a
-compiled kernel is kept under what Triton specialises on (dtypes, 16-byte alignment of pointers, 1 and multiples of 16
+compiled kernel is cached by what Triton specialises on (dtypes, 16-byte alignment of pointers, 1 and multiples of 16
 among integers, constexprs), so that a second launch only looks it up and calls `compiled[grid](…)`, Triton's documented
-way. Where something else stands in for Triton's launcher (its interpreter, a fault checker, a profiler that patches
-it), and on AMD, whose compiler specialises on more, it is plain `kernel[grid](…)`.
+way. Where Triton's own launcher is replaced (by its interpreter, a fault checker, a profiler that patches it), and on
+AMD, whose compiler specialises on more, it is plain `kernel[grid](…)`.
 
-`recording` makes the same launchers note what they would launch, on meta tensors, for reports that need no GPU.
+`recording` makes the same launchers record what they would launch, on meta tensors, for reports that need no GPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ class LaunchConfig:
         return name in self._by_name
 
     def with_(self, **constants) -> "LaunchConfig":
-        """The same with more constexprs, or other values of them."""
+        """A copy with constexprs added or replaced."""
         return config(self.num_warps, self.num_stages, **(self._by_name | constants))
 
     def keywords(self) -> dict:
@@ -55,7 +55,7 @@ class LaunchConfig:
 
 
 def config(num_warps: int, num_stages: int = 1, **blocks) -> LaunchConfig:
-    """`config(4, 2, BLOCK_M=64)` reads better than the dataclass."""
+    """A LaunchConfig from keywords: `config(4, 2, BLOCK_M=64)`."""
     return LaunchConfig(num_warps, num_stages, tuple(sorted(blocks.items())))
 
 
@@ -63,11 +63,11 @@ def launch(kernel, grid: tuple[int, ...], config: LaunchConfig, like: Tensor, **
     """Launch a `@triton.jit` kernel on the device of `like` and its current stream.
 
     Args:
-        kernel: what `@triton.jit` made.
-        grid: how many programs, in 1 to 3 dimensions.
+        kernel: the `@triton.jit` function.
+        grid: number of programs, in 1 to 3 dimensions.
         config: warps, stages and constexprs.
-        like: a tensor of the device to launch on.
-        **arguments: everything else that the kernel takes, by name; None for pointers that it does not use.
+        like: a tensor on the device to launch on.
+        **arguments: all other arguments of the kernel, by name; None for pointers that it does not use.
     """
     if _listener is not None:
         _listener(kernel, grid, config, arguments)
@@ -94,7 +94,7 @@ def _launch_here(kernel, grid, config, arguments) -> None:
     compiled = _held.get(key)
     if compiled is None:
         compiled = kernel[grid](**arguments, **config.keywords())
-        if hasattr(compiled, "packed_metadata"):  # not a promise of one, where Triton compiles in the background
+        if hasattr(compiled, "packed_metadata"):  # not a future: Triton may compile in the background
             _held[key] = compiled
         return
     compiled[(*grid, 1, 1)](*values)
@@ -105,7 +105,7 @@ _is_own: bool = False
 
 
 def _is_tritons_own_launcher(kernel) -> bool:
-    """Whether `kernel[grid]` is what Triton's own code makes of it: nobody has replaced or wrapped it."""
+    """Whether `kernel[grid]` runs Triton's own launcher: neither replaced, wrapped nor hooked."""
     global _seen_run, _is_own
     run = type(kernel).run
     if run is not _seen_run:
@@ -115,9 +115,9 @@ def _is_tritons_own_launcher(kernel) -> bool:
 
 
 def _make_binder(kernel, arguments: dict, config: LaunchConfig) -> Callable:
-    """A function of the kernel's arguments that returns what Triton specialises on, and the arguments in order.
+    """Returns a function of the kernel's arguments that gives what Triton specialises on, and the arguments in order.
 
-    Written out as source, an expression an argument, because a loop over 30 of them takes longer than the launch.
+    Generated as source with one expression per argument: a Python loop over 30 of them takes longer than the launch.
     """
     key = []
     for parameter in kernel.params:
@@ -140,7 +140,7 @@ def _make_binder(kernel, arguments: dict, config: LaunchConfig) -> Callable:
     return space["bind"]
 
 
-# ---- what would be launched ------------------------------------------------------------------------------------------
+# ---- recording of launches -------------------------------------------------------------------------------------------
 
 _listener: Callable | None = None
 _TYPES = {
@@ -157,7 +157,7 @@ class CompileCase:
     signature: dict[str, str]
     constants: dict[str, object]
     config: LaunchConfig
-    divisible: tuple[str, ...] = ()  # pointers and integers that are multiples of 16 there
+    divisible: tuple[str, ...] = ()  # arguments that are multiples of 16 (pointers: 16-byte aligned)
     grid: tuple[int, ...] = field(default=(), compare=False)
 
 
@@ -184,11 +184,11 @@ def case_of(label: str, kernel, grid: tuple[int, ...], config: LaunchConfig, arg
 
 @contextmanager
 def recording(architecture: str, label: str = "") -> Iterator[list[CompileCase]]:
-    """Within it nothing is launched: a list is filled with what would be, on a GPU of that architecture.
+    """Inside it nothing is launched: the list collects what would be launched on a GPU of that architecture.
 
     Args:
         architecture: as `runtime.architecture` names one, such as "sm_90".
-        label: stands before the kernel's name in every case.
+        label: prefix of the kernel's name in every case.
     """
     global _listener
     cases: list[CompileCase] = []

@@ -1,4 +1,4 @@
-"""Products and roundings as a GPU makes them, in Triton's interpreter too."""
+"""Matrix products and rounding with a GPU's results, in Triton's interpreter too."""
 
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import tl, triton
@@ -8,8 +8,8 @@ INTERPRETED = tl.constexpr(runtime.INTERPRETED)
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr, accumulator=None):
-    """accumulator + a @ b in float32. The interpreter multiplies the bits of bfloat16 as integers, so there operands
-    are widened."""
+    """accumulator + a @ b in float32. The interpreter would multiply bfloat16's bits as integers, so operands are
+    widened there."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -1,10 +1,10 @@
-"""An operation on kernels, declared once: from it follow its operators, their shapes, and its derivatives.
+"""An operation on kernels, declared once: registered operators, fakes and derivatives follow from it.
 
     operator = Operator("rope_attention", "(Tensor qkv, …, bool keep) -> (Tensor out, Tensor lse)", …)
     out, lse = operator(qkv, …)
 
-A plain eager call goes straight into an autograd node, or, where nobody needs gradients, straight to the launches. A
-call that something watches (`torch.compile`, fake tensors, a dispatch mode, a tensor subclass) goes through
+A plain eager call goes straight into an autograd node, or, where no gradient is needed, straight to the launches. A
+"watched" call (under `torch.compile`, with fake tensors, a dispatch mode or a tensor subclass) goes through
 `torch.ops.fastblocks.<name>`, and its backward pass through `torch.ops.fastblocks.<name>_backward`. Both ways run the
 same node and the same functions.
 """
@@ -36,7 +36,7 @@ def all_operators() -> "dict[str, Operator]":
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What results are computed in and rounded to: autocast's dtype where that is on, else that of x."""
+    """The dtype that results are computed in and rounded to: autocast's where that is on, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -46,19 +46,19 @@ class Operator:
 
     Args:
         name: of the operators, `fastblocks::<name>` and `fastblocks::<name>_backward`.
-        schema: of the forward pass. Its last argument is `bool keep`, whether a backward pass will follow: it is asked
-            here, once, and not passed to `operator(…)`. Results have names.
-        results: how many of the results are the caller's; the others are kept for the backward pass.
+        schema: of the forward pass. Its last argument is `bool keep`, whether a backward pass will follow: it is
+            determined here, and callers do not pass it. Results must be named.
+        results: how many of the results, from the first on, are for the caller; the others are kept for backward.
         outputs: `outputs(*arguments) -> tuple` allocates the results, None for those that a call does not have. It is
             the fake implementation, too.
         forward: `forward(outputs, *arguments)` fills them.
         saved: names of the results that the backward pass reads.
-        backward: `backward(grads, needs, *arguments, *saved) -> sequence` with the gradients of the caller's results
-            (None: nobody used it), which tensor arguments need one, the arguments but `keep`, and the saved results.
-            Returns a gradient for each tensor argument in order, contiguous unless `gradients` says otherwise; what is
-            not needed may be None.
-        formula: `formula(*arguments) -> Tensor or tuple`: the same results in plain PyTorch, from the arguments but
-            `keep`, for derivatives of derivatives. It runs under the autocast that the forward pass ran under.
+        backward: `backward(grads, needs, *arguments, *saved) -> sequence`. grads: gradients of the caller's results,
+            None for an unused one; needs: for each tensor argument, whether it needs a gradient; arguments: without
+            `keep`; saved: the saved results. Returns a gradient for each tensor argument in order, contiguous unless
+            `gradients` says otherwise; one that is not needed may be None.
+        formula: `formula(*arguments) -> Tensor or tuple`: the same results in plain PyTorch, from the arguments without
+            `keep`, for second derivatives. It runs under the autocast state of the forward pass.
         gradients: `gradients(needs, *arguments) -> sequence` allocates what `backward` returns, for its fake
             implementation. None: a contiguous tensor like each argument.
     """
@@ -107,7 +107,7 @@ class Operator:
         _declared[name] = self
 
     def __call__(self, *arguments) -> tuple[Tensor | None, ...]:
-        """All results, those that are kept for a backward pass included."""
+        """Returns all results, including those that are kept for a backward pass."""
         if self._is_watched(arguments):
             return self._forward_op(*arguments, False)
         if self._needs_gradients(arguments):
@@ -115,7 +115,7 @@ class Operator:
         return self._run(*arguments, False)
 
     def rehearse(self, *arguments) -> None:
-        """Run all launchers: without gradients, and forward and backward with all of them. For `launch.recording`."""
+        """Run every launcher, for `launch.recording`: forward alone, then forward and backward with all gradients."""
         self._run(*arguments, False)
         results = self._run(*arguments, True)
         needs = [arguments[i] is not None for i in self.tensors]
@@ -127,7 +127,7 @@ class Operator:
         return results
 
     def _is_watched(self, arguments) -> bool:
-        """Whether somebody has to see this call as one operator."""
+        """Whether a compiler, dispatch mode or tensor subclass has to see this call as one operator."""
         return (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
@@ -139,7 +139,7 @@ class Operator:
             arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
         )
 
-    # ---- as registered operators, which neither take nor return None in the place of a result: an empty 1-D tensor
+    # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None
 
     def _filled(self, results, arguments) -> tuple[Tensor, ...]:
         like = arguments[self.tensors[0]]
@@ -155,7 +155,7 @@ class Operator:
         """The operator at the dispatcher's key "Autograd"."""
         if self._needs_gradients(arguments):
             return self._node.apply(True, *arguments[:-1])
-        with torch._C._AutoDispatchBelowAutograd():  # in a traced graph `keep` may be True: its backward is traced, too
+        with torch._C._AutoDispatchBelowAutograd():  # keep may be True: in a graph traced with its backward
             return self._forward_op(*arguments)
 
     def _backward_as_operator(self, *arguments) -> tuple[Tensor, ...]:
@@ -182,7 +182,7 @@ def _absent_as_none(tensor: Tensor | None) -> Tensor | None:
 
 
 def _node_of(operator: Operator) -> type[torch.autograd.Function]:
-    """A call of the operator in autograd's graph, which names it."""
+    """The operator's autograd.Function; autograd's graph shows it under the operator's name."""
 
     def forward(ctx, watched, *arguments):
         if watched:
@@ -211,7 +211,7 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
             arguments[i] = tensor
         for i, scalar in zip(operator.scalars, ctx.scalars, strict=True):
             arguments[i] = scalar
-        if torch.is_grad_enabled():  # somebody will differentiate the gradients
+        if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated
             device, dtype, enabled = ctx.autocast
             with torch.autocast(device, dtype, enabled=enabled):
                 return None, *by_formula(operator.formula, arguments, grads)

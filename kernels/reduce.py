@@ -1,4 +1,4 @@
-"""The second stage of a sum over positions: the rows that programs wrote, added in order; the same bits every time."""
+"""The second stage of a sum over positions: adds the programs' partial sums, one row each, in a fixed order."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from fastblocks.kernels.launch import config, launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
-SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads of a thread in flight
+SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads per thread in flight
 
 
 @triton.jit
@@ -24,7 +24,10 @@ def _sum_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums the rows of `partial`, in order, and stores the columns up to END0, END1, … in a tensor each."""
+    """Sums partial (rows, END3) float32 over its rows in order; columns [END0, END1) go to out1, and so on.
+
+    END0 … END3: where each output's columns end; an unused output is empty. grid (blocks of columns,).
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_s = tl.arange(0, BLOCK_S)
     total = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
@@ -47,7 +50,7 @@ def _sum_rows_kernel(
 
 
 def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
-    """The sum of `partial` (rows, columns) over its rows, cut into 1 to 4 contiguous tensors."""
+    """Sums `partial` (rows, columns) over its rows; consecutive columns fill `outs`, 1 to 4 contiguous tensors."""
     ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
     launch(
         _sum_rows_kernel,

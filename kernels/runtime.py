@@ -15,10 +15,10 @@ __all__ = [
     "allows_tf32",
     "architecture",
     "cdiv",
-    "multiprocessors",
     "power_of_two",
     "pretending",
     "shared_memory",
+    "sm_count",
     "tl",
     "triton",
     "unsupported_reason",
@@ -29,11 +29,11 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 HIP: bool = torch.version.hip is not None
 VERSION: tuple[int, ...] = tuple(map(int, triton.__version__.split(".")[:2]))  # of Triton
 
-# Of the architectures that reports are made for without one at hand.
-MULTIPROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+# SMs per GPU, for reports on architectures that this machine does not have.
+SM_COUNT = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
-# KiB of shared memory that a program can have. From NVIDIA's CUDA programming guide, table of compute capabilities, and
-# AMD's CDNA3 ISA, "Local data share". Other architectures count as the smallest of their vendor.
+# KiB of shared memory that one program can have. From NVIDIA's CUDA programming guide, table of compute capabilities,
+# and AMD's CDNA3 ISA, "Local data share". Other architectures count as the smallest of their vendor.
 SHARED_KIB = {
     "sm_80": 163,
     "sm_86": 99,
@@ -47,7 +47,7 @@ SHARED_KIB = {
     "interpreter": 227,
 }
 
-_pretended: str | None = None  # an architecture that reports ask about
+_pretended: str | None = None  # the architecture set by `pretending`
 
 
 def cdiv(a: int, b: int) -> int:
@@ -89,12 +89,12 @@ def allows_tf32() -> bool:
 
 
 def shared_memory(name: str) -> int:
-    """Bytes of shared memory that one program can have on an architecture."""
+    """Bytes of shared memory available to one program on an architecture."""
     return SHARED_KIB.get(name, 64 if name.startswith("gfx") else 99) << 10
 
 
 def architecture(device: torch.device) -> str:
-    """The launch tables' name of a device: `sm_90`, `gfx942`, or `interpreter`."""
+    """A device's architecture: `sm_90`, `gfx942`, …, or `interpreter`."""
     return _pretended or _architecture(device)
 
 
@@ -107,13 +107,13 @@ def _architecture(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a device has; in the interpreter 4, so that loops over slabs are walked too."""
-    return MULTIPROCESSORS[_pretended] if _pretended else _multiprocessors(device)
+def sm_count(device: torch.device) -> int:
+    """Number of SMs; 4 in the interpreter, so that tests also run programs that loop over several tiles."""
+    return SM_COUNT[_pretended] if _pretended else _sm_count(device)
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def _sm_count(device: torch.device) -> int:
     if _architecture(device) == "interpreter":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -121,7 +121,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 @contextmanager
 def pretending(name: str) -> Iterator[None]:
-    """Within it every device has this architecture."""
+    """Inside it every device counts as this architecture."""
     global _pretended
     previous, _pretended = _pretended, name
     try:

@@ -47,7 +47,7 @@ class Compiled:
     config: dict[str, int]
     seconds: float
     resources: Resources | None
-    warps: int  # that can be resident on a multiprocessor; 0: the kernel does not fit
+    warps: int  # that can be resident on an SM; 0: the kernel does not fit
     error: str = ""
 
     @property

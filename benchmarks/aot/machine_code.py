@@ -1,4 +1,4 @@
-"""What a compiled kernel needs of a multiprocessor, read from its machine code."""
+"""What a compiled kernel needs of an SM, read from its machine code."""
 
 import re
 import shutil
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# Each multiprocessor: registers, warps, blocks. From NVIDIA's CUDA programming guide, table of compute capabilities; a
-# block costs 1 KiB of shared memory more than it asks for, so one that asks for all it may have fills a multiprocessor.
+# Each SM: registers, warps, blocks. From NVIDIA's CUDA programming guide, table of compute capabilities; a
+# block costs 1 KiB of shared memory more than it asks for, so one that asks for all it may have fills an SM.
 LIMITS = {
     "sm_80": (65536, 64, 32),
     "sm_89": (65536, 48, 24),
@@ -87,7 +87,7 @@ def _count(pattern: re.Pattern, text: str) -> dict[str, int]:
 
 
 def resident_warps(need: Resources, num_warps: int, architecture: str) -> int:
-    """How many warps (waves) fit on a multiprocessor (compute unit) at a time; 0 if not one block does."""
+    """How many warps (waves) fit on an SM (compute unit) at a time; 0 if not one block does."""
     from fastblocks.kernels.runtime import shared_memory
 
     shared = shared_memory(architecture)

@@ -20,7 +20,7 @@ Written by `python -m benchmarks report` from the newest file in each folder. Ho
 def origin(document: dict) -> str:
     """What was measured where."""
     driver = f", driver {document['driver']}" if document["driver"] else ""
-    threads = f", {document['threads']} threads" if document["kind"] == "cpu" else ""
+    threads = f", threads: {document['threads']}" if document["kind"] == "cpu" else ""
     return (
         f"{document['device']}{threads}{driver}, torch {document['torch']}, triton {document['triton']}, "
         f"commit {document['commit']}, {document['date'][:10]}; `--size {document['size']}`; "

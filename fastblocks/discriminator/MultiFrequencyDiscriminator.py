@@ -60,7 +60,7 @@ class FrequencyDiscriminator(SpectrumDiscriminator):
 
 
 class MultiFrequencyDiscriminator(Discriminators):
-    """One FrequencyDiscriminator a window size: audio (B, nch, T) -> (scores, fmaps).
+    """One FrequencyDiscriminator per window size: audio (B, nch, T) -> (scores, fmaps).
 
     Source: Défossez et al., "High Fidelity Neural Audio Compression", 2022.
 

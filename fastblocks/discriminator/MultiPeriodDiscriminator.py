@@ -35,7 +35,7 @@ class PeriodDiscriminator(nn.Module):
         length = x.shape[-1]
         rows = -(-length // self.period)
         missing = rows * self.period - length
-        if torch.compiler.is_compiling() and length > self.period:  # one graph, whether something is missing or not
+        if torch.compiler.is_compiling() and length > self.period:  # one graph, padded or not
             x = torch.cat((x, x[..., -1 - self.period : -1].flip(-1)), dim=-1)[..., : rows * self.period]
         elif missing:
             x = F.pad(x, (0, missing), "reflect")
@@ -45,7 +45,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class MultiPeriodDiscriminator(Discriminators):
-    """One PeriodDiscriminator a period: audio (B, nch, T) -> (scores, fmaps).
+    """One PeriodDiscriminator per period: audio (B, nch, T) -> (scores, fmaps).
 
     Source: Kong et al., "HiFi-GAN", 2020.
 

@@ -63,7 +63,7 @@ class ResolutionDiscriminator(SpectrumDiscriminator):
 
 
 class MultiResolutionDiscriminator(Discriminators):
-    """One ResolutionDiscriminator a window length: audio (B, nch, T) -> (scores, fmaps).
+    """One ResolutionDiscriminator per window length: audio (B, nch, T) -> (scores, fmaps).
 
     Source: Kumar et al., "High-Fidelity Audio Compression with Improved RVQGAN", 2023.
 

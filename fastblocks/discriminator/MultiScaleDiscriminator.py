@@ -42,7 +42,7 @@ class ScaleDiscriminator(nn.Module):
 
 
 class MultiScaleDiscriminator(Discriminators):
-    """One ScaleDiscriminator a rate: audio (B, nch, T) -> (scores, fmaps).
+    """One ScaleDiscriminator per rate: audio (B, nch, T) -> (scores, fmaps).
 
     Source: Kumar et al., "MelGAN", 2019.
 

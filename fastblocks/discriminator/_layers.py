@@ -14,7 +14,8 @@ FeatureMaps = list[list[Tensor]]
 
 
 class _WithoutDerivedWeight:
-    """Spectral norm leaves the weight of the last forward on the module; copies and pickles do without it."""
+    """Spectral norm leaves the last forward's weight, with its graph, on the module; copies and pickles get it
+    detached."""
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -34,7 +35,7 @@ class Conv2d(_WithoutDerivedWeight, nn.Conv2d):
 
 
 class SpectralNorm(TorchSpectralNorm):
-    """torch.nn.utils.spectral_norm's hook with `functional.spectral_norm` inside: the same numbers, sooner."""
+    """torch.nn.utils.spectral_norm's hook with `functional.spectral_norm` inside: the same numbers, faster."""
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
         weight, u, v = (getattr(module, f"{self.name}_{part}") for part in ("orig", "u", "v"))
@@ -117,7 +118,7 @@ class Discriminators(nn.Module):
 
 
 class SpectrumDiscriminator(nn.Module):
-    """A discriminator that looks at a spectrum; keeps its Hann window in float32 outside of the state_dict.
+    """A discriminator on spectra; its Hann window is made at each call, in float32 or better, and is in no state_dict.
 
     Args:
         window_length: samples of a window.
@@ -132,7 +133,7 @@ class SpectrumDiscriminator(nn.Module):
         self.shortest_clip = window_length // 2 + 1  # a reflect pad of half a window on both sides
 
     def spectrum(self, x: Tensor) -> Tensor:
-        """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in the weights' dtype."""
+        """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in x's dtype."""
         window = torch.hann_window(
             self.window_length, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
         )

@@ -65,10 +65,10 @@ def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | Non
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, half_window: int) -> Tensor:
-    """Blocks of queries, each against its own stretch of keys and the registers."""
+    """Blocks of queries, each against the registers and the keys within its window."""
     batch, heads, length, _ = q.shape
     block = min(max(_MIN_BLOCK, half_window), _MAX_BLOCK)
-    if torch.compiler.is_compiling():  # never one block and never no tail, which would be graphs of their own
+    if torch.compiler.is_compiling():  # always several blocks and a tail: other cases would be further graphs
         blocks = -(-length // block) + 1
     else:
         block = max(1, min(block, length))
@@ -82,7 +82,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor |
     offs_k = torch.arange(span, device=q.device) - half_window
     start = torch.arange(blocks, device=q.device)[:, None, None] * block
     seen = ((offs_q - offs_k).abs() <= half_window) & (start + offs_k >= 0) & (start + offs_k < length)
-    seen = seen | (start + offs_q >= length)  # rows past the end are cut off; let them see, or they are NaN
+    seen = seen | (start + offs_q >= length)  # rows past the end are cut off below; fully masked they would be NaN
     if k_r is not None:
         seen = F.pad(seen, (k_r.shape[2], 0), value=True)
     bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))[None]

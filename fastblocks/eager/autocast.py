@@ -1,4 +1,4 @@
-"""Autocast, also on devices that have none: PyTorch's own questions raise on the meta device."""
+"""Autocast, also on devices that have none: PyTorch's own queries raise on the meta device."""
 
 from contextlib import AbstractContextManager, nullcontext
 

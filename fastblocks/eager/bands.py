@@ -1,6 +1,6 @@
-"""A Linear a band over overlapping ranges of bins, without scatters and without padded lanes.
+"""One Linear per band over overlapping ranges of bins, without scatters and without padded lanes.
 
-Bands that do not overlap are cut out of a spectrum, or put together to one, by a single split or concatenation; with
+Bands that do not overlap are cut out of a spectrum, or joined to one, by a single split or concatenation; with
 triangular filters the even and the odd bands are two such sets. Each band is then one product on a slice.
 """
 
@@ -15,7 +15,7 @@ Ranges = Sequence[tuple[int, int]]
 
 
 def _disjoint(ranges: Ranges) -> list[list[int]]:
-    """Bands by number in as few sets as a greedy walk finds, so that no two bands of a set share a bin."""
+    """Indices of the bands in sets without a shared bin, as few as a greedy search finds."""
     sets: list[list[int]] = []
     for k in sorted((k for k, (start, end) in enumerate(ranges) if start < end), key=lambda k: ranges[k]):
         for members in sets:

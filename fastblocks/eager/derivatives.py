@@ -1,4 +1,4 @@
-"""Hand-written gradients that can themselves be differentiated, and where formulas have to stand in their place."""
+"""Second derivatives of operations with hand-written gradients: by plain formulas in their place."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 def in_function_transform() -> bool:
     """True inside `torch.func` transforms (vmap, grad, jvp) and `torch.autograd.forward_ad.dual_level`, which need
-    formulas that they can see through."""
+    plain PyTorch operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -38,7 +38,7 @@ def by_formula(
     grads = [grad_results] if isinstance(grad_results, Tensor) else grad_results
     with torch.enable_grad():
         # A view of each tensor: gradients with respect to it stop there, but belong to the graph of the argument.
-        # Without, an argument that is computed from another one would be differentiated through.
+        # Otherwise a gradient would also flow through an argument that is computed from another one.
         views = [value.view_as(value) if isinstance(value, Tensor) else value for value in arguments]
         results = formula(*views)
         results = [results] if isinstance(results, Tensor) else results
@@ -61,7 +61,8 @@ def twice_differentiable(
     formula: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
 ) -> Tensor | tuple[Tensor, ...]:
-    """`library(*inputs)`, whose gradient is the library's own, and the formula's where somebody differentiates it.
+    """`library(*inputs)` with the library's own gradient, or the formula's where that is differentiated
+    (`create_graph`).
 
     For fused functions that have a backward pass, but no derivative of it: cuDNN's recurrences, oneDNN's LSTM, flash
     attention. The library's graph is an ordinary part of the whole, so that hooks on saved tensors see all of it.
@@ -76,7 +77,7 @@ def twice_differentiable(
 
 
 class _Entry(torch.autograd.Function):
-    """The identity before a library's function; no gradient leaves it where `_Exit` has gone round."""
+    """The identity before a library's function; passes no gradient on where `_Exit` has used the formula."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class _Entry(torch.autograd.Function):
 
 
 class _Exit(torch.autograd.Function):
-    """The identity behind a library's function."""
+    """The identity after a library's function; with `create_graph` its gradient goes by the formula to the inputs."""
 
     @staticmethod
     def forward(ctx, formula, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -101,6 +102,6 @@ class _Exit(torch.autograd.Function):
         inputs = ctx.saved_tensors
         if not torch.is_grad_enabled():
             return None, None, *grads, *(None for _ in inputs)
-        # The library's backward runs anyway, and not all of them take "no gradient" for an answer.
+        # The library's backward runs anyway, and not every library accepts None as a gradient.
         zeros = (torch.zeros_like(grad) for grad in grads)
         return None, None, *zeros, *by_formula(ctx.formula, inputs, grads)

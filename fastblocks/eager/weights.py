@@ -1,8 +1,8 @@
 """A weight divided by its largest singular value.
 
-The singular value comes from the product that the power iteration has already made, and the gradient through the
+The singular value comes from the product that the power iteration has already computed, and the gradient through the
 division is a dot product and a rank-one update: half the passes over the weight that torch.nn.utils.spectral_norm
-makes. In a training step of five period discriminators on half a second it spends a third of its time there.
+makes. There it takes a third of a training step of five period discriminators on half a second.
 """
 
 import torch

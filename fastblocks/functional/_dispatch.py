@@ -1,4 +1,4 @@
-"""What every operation does once its arguments are checked: ask who runs it, and call that one."""
+"""The dispatch that all operations share: ask `backend` whether a kernel or plain PyTorch runs a call, and run that."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -48,7 +48,7 @@ def rope_attention(
 
     q and k are rotated over interleaved channel pairs (0,1), (2,3), … by their position's angles, in float32, and
     rounded back to their dtype. Scores are scaled by 1/sqrt(D). Token s sees token t when |s - t| <= window // 2, and
-    every register; a register sees everything. Register i stands at position i, token t at position R + t.
+    every register token; register tokens see everything. Register token i has position i, token t position R + t.
     Cost and memory grow with T · (window + R), forward and backward.
 
     Sources: Su et al., "RoFormer", 2021; Beltagy et al., "Longformer" (window and global tokens), 2020; Darcet et
@@ -58,9 +58,9 @@ def rope_attention(
         qkv: (B, T, 3C): q, k and v in that order, each n_head heads of D = C / n_head consecutive channels.
         rope: (at least R + T, D/2, 2) float32, as `rope_table` makes it.
         n_head: H.
-        window: how many tokens around itself a token sees (an even number sees one more); -1: all of them.
+        window: a token sees itself and window // 2 tokens on each side; -1: all of them.
         register_qkv: (B, R, 3C), or (1, R, 3C) for registers that are the same for the whole batch.
-        return_registers: also compute what the registers see. Left out, nothing of it is computed.
+        return_registers: also return the register tokens' output; otherwise it is not computed.
 
     Returns:
         (B, T, C), or with return_registers a pair of it and (B, R, C).
@@ -96,7 +96,7 @@ def rope_attention(
     if registers == 0:
         register_qkv = None
     if window >= 2 * length - 2 > 0:
-        window = -1  # a window that reaches from end to end
+        window = -1  # the window covers the whole sequence
 
     require_floating("rope_attention", qkv=qkv, rope=rope, register_qkv=register_qkv)
     return run(

@@ -1,4 +1,4 @@
-"""A Linear a band over overlapping ranges of bins: a spectrum to bands, and back."""
+"""One Linear per band over overlapping ranges of frequency bins: from a spectrum to bands, and back."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ Ranges = Sequence[tuple[int, int]]
 def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tensor:
     """Each band's bins and channels through its own Linear: `y[…, k] = lanes_k @ weight[k] + bias[k]`.
 
-    A lane is a (bin, channel), bin-major. Weights of lanes beyond a band's width are not read; a band without a bin
-    gives its bias.
+    A lane is a (bin, channel) pair of a band, bin-major. Weights of lanes beyond a band's width are not read; a band
+    without a bin gives its bias.
 
     Source: Luo and Yu, "Music Source Separation with Band-Split RNN", 2023.
 
     Args:
-        x: (B, F, T, I), a spectrum with I channels a bin.
+        x: (B, F, T, I), a spectrum with I channels per bin.
         weight: (K, W·I, O), W at least the width of the widest band.
         bias: (K, O).
         ranges: of each of the K bands the bins [start, end).
@@ -45,7 +45,7 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
 
 
 def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_window: Tensor) -> Tensor:
-    """The way back: a Linear a band, overlapping bands added up, each bin divided by its weight.
+    """The way back: one Linear per band, overlapping bands added up, each bin divided by `ola_window`.
 
     Source: Luo and Yu, "Music Source Separation with Band-Split RNN", 2023.
 
@@ -54,7 +54,7 @@ def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_wi
         weight: (K, I, W·O), W the width of the widest band: its lanes are (bin, channel), bin-major.
         bias: (K, W·O).
         ranges: of each of the K bands the bins [start, end).
-        ola_window: (F,), what each bin is divided by.
+        ola_window: (F,), usually the sum of the filters that cover each bin.
 
     Returns:
         (B, F, T, O), zero in bins that no band covers; the dtype as of `band_split`.

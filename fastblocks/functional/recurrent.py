@@ -32,7 +32,8 @@ def grouped_gru(
         bias_ih, bias_hh: (N, G, 3H), both or none.
         state: (N, B, G·H), the hidden state before the first step; None: zeros.
         keep_gates: of the Triton kernels: keep every step's gates for the backward pass (four values a unit and step)
-            instead of making them again. None: only where they are in memory anyway (I or H over 32; float32: 16).
+            instead of recomputing them. None: only where they are in memory anyway
+            (with biases, or I or H over 32; float32: 16).
 
     Returns:
         y: (B, T, G·N·H): for every group its forward, then its backward hidden units; under autocast in its dtype.
@@ -69,7 +70,8 @@ def grouped_lstm(
         bias_ih, bias_hh: (N, G, 4H), both or none.
         state: the pair (h, c), each (N, B, G·H), before the first step; None: zeros.
         keep_gates: of the Triton kernels: keep every step's gates for the backward pass (four values a unit and step)
-            instead of making them again. None: only where they are in memory anyway (I or H over 32; float32: 16).
+            instead of recomputing them. None: only where they are in memory anyway
+            (with biases, or I or H over 32; float32: 16).
 
     Returns:
         y: (B, T, G·N·H): for every group its forward, then its backward hidden units; under autocast in its dtype.

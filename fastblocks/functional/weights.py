@@ -13,11 +13,11 @@ def spectral_norm(weight: Tensor, u: Tensor, v: Tensor, *, n_power_iterations: i
     Source: Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018.
 
     Args:
-        weight: (O, …), of N numbers an output.
+        weight: (O, …), with N numbers per output.
         u: (O,), of length 1; changed in place by the power iterations, and takes no gradient.
         v: (N,), as u.
         n_power_iterations: how many; 0 (in evaluation) leaves u and v as they are.
-        eps: the least length that a vector is divided by.
+        eps: lower bound of the norm that a vector is divided by.
 
     Returns:
         (O, …), the weight's shape and dtype.

@@ -9,7 +9,7 @@ from fastblocks.generator.RoFormerBlock import RoFormerBlock
 class AttentionRegisterRoFormerBlock(RoFormerBlock):
     """A RoFormerBlock with register tokens and a sliding window: (B, T, C) -> (B, T, C).
 
-    The registers stand before the sequence, go through the whole block with it, and are taken off again. Token s sees
+    The registers precede the sequence, go through the whole block with it, and are removed again. Token s sees
     token t when |s - t| <= window_size // 2, and every register; a register sees everything. Time and memory grow with
     T · (window_size + R).
 
@@ -21,7 +21,7 @@ class AttentionRegisterRoFormerBlock(RoFormerBlock):
         max_seq_len: the longest T, registers not counted.
         rope_base: base of the rotary frequencies.
         num_register_tokens: R, how many registers.
-        window_size: how many tokens around itself a token sees (an even number sees one more); -1: all.
+        window_size: a token sees itself and window_size // 2 tokens on each side; -1: all.
 
     Raises:
         ValueError: as RoFormerBlock; if R is negative, or window_size is 0 or below -1.
@@ -53,8 +53,8 @@ class AttentionRegisterRoFormerBlock(RoFormerBlock):
 
         Args:
             x: (B, T, C).
-            registers: (B, R, C), the registers' output of the block below; added to this block's own.
-            return_registers: also return the registers' output. Left out, nothing of it is computed.
+            registers: (B, R, C), the registers' output of the previous block; added to this block's own.
+            return_registers: also return the registers' output; otherwise it is not computed.
 
         Returns:
             (B, T, C), or with return_registers a pair of it and (B, R, C).
@@ -66,7 +66,7 @@ class AttentionRegisterRoFormerBlock(RoFormerBlock):
                 raise ValueError("return_registers=True, but num_register_tokens is 0")
             x = x + self.att(self.att_norm(x), window=self.window_size)
             return x + self.mlp(self.ffn_norm(x))
-        x = x.to(torch.promote_types(x.dtype, memory.dtype))  # as if put together to one sequence
+        x = x.to(torch.promote_types(x.dtype, memory.dtype))  # as if concatenated to one sequence
         out = self.att(self.att_norm(x), self.att_norm(memory), self.window_size, return_registers)
         if not return_registers:
             x = x + out

@@ -14,7 +14,7 @@ GATES = {"gru": 3, "lstm": 4}
 
 
 class GroupParameters(nn.Module):
-    """One group, a torch.nn.GRU or torch.nn.LSTM without biases: its names, its initialisation, its `forward`.
+    """One group: parameters named and initialised like those of torch.nn.GRU or torch.nn.LSTM without biases.
 
     Args:
         rnn_type: 'gru' or 'lstm'.

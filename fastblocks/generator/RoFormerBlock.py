@@ -28,11 +28,11 @@ class RoFormerAttention(nn.Module):
         self.register_buffer("rope", functional.rope_table(*self._table), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """Move like any module, but keep the table: no checkpoint brings it back.
+        """Move like any module, but keep the rope table's values: no checkpoint restores them.
 
-        Only the device of what `fn` makes of it counts, because `to_empty` makes uninitialised memory of it, and
-        `bfloat16()` angles that cannot tell position 300 from 301. A table that somebody else put there is kept like
-        the one of the constructor; on the way to the meta device it stays where it was, and `forward` moves it.
+        Of what `fn` returns for the table only the device is used: `to_empty` would leave it uninitialised, and
+        `bfloat16()` would round its angles until positions 300 and 301 are the same. A table that was assigned from
+        outside is kept, too. On the way to the meta device it stays where it was, and `forward` moves it.
         """
         rope = self.rope
         super()._apply(fn, recurse)
@@ -41,11 +41,11 @@ class RoFormerAttention(nn.Module):
         return self
 
     def _real(self, rope: Tensor) -> Tensor:
-        """The table, made again if it was put on the meta device (by a patched `register_buffer`)."""
+        """The table, rebuilt if it is on the meta device (by a patched `register_buffer`)."""
         return functional.rope_table(*self._table) if rope.is_meta else rope
 
     def _rope_on(self, device: torch.device) -> Tensor:
-        """The table on the input's device; not every recipe that fills a module moves buffers (`assign=True`)."""
+        """The table on the input's device; not every way to load weights moves buffers (`assign=True`)."""
         if self.rope.device != device:
             if device.type == "meta":
                 return self.rope.to(device)

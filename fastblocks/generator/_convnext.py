@@ -20,7 +20,7 @@ _CONV = {
 
 
 def _geometry(conv: nn.Module) -> tuple:
-    """What a convolution computes apart from its weights; somebody may make the padding circular."""
+    """A convolution's settings, to notice later changes, such as circular padding."""
     return conv.stride, conv.padding, conv.output_padding, conv.dilation, conv.groups, conv.padding_mode
 
 
@@ -142,7 +142,7 @@ class ConvNeXtBlock(nn.Module):
         return norm(conv(x, **self._output_size(sizes)).movedim(1, -1))
 
     def _output_size(self, sizes: tuple[int, ...]) -> dict[str, list[int]]:
-        """What a transposed convolution has to be told."""
+        """Keyword arguments of the convolution: a transposed one needs its output size."""
         return {"output_size": list(sizes)} if self.transposed else {}
 
     def _residual(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -48,10 +48,10 @@ class SwiGLU(nn.Module):
 
 
 def may_fuse(operation: str, parent: nn.Module, *, bias: bool | None = None, **children: type[nn.Module]) -> bool:
-    """True if a fused operation may read the parameters of a module's children past them; False: call them as modules.
+    """True if a fused operation may read the children's parameters directly; False: call the children as modules.
 
-    It may while calling them would do nothing else. A child that was replaced (LoRA, quantization, FSDP), that has
-    hooks (weight_norm is one), parametrizations or a `forward` of its own is called, or what was put there would
+    It may only where calling them would do nothing else. A child that was replaced (LoRA, quantization, FSDP) or has
+    hooks (weight_norm is one), parametrizations or a `forward` of its own is called, because otherwise those would
     silently do nothing. `explain` then names it.
 
     Args:
@@ -68,7 +68,7 @@ def may_fuse(operation: str, parent: nn.Module, *, bias: bool | None = None, **c
 
 
 def called_as_modules(operation: str, names: list[str]) -> None:
-    """Tell `explain` that children stand in the way of an operation."""
+    """Tell `explain` that an operation is not fused, because of these children."""
     backend.declined(operation, f"replaced, hooked or changed, so called as modules: {', '.join(names)}")
 
 

@@ -1,6 +1,7 @@
 """Launch configurations of the attention kernels: tile sizes, warps and stages, and why.
 
-Nothing here was timed yet: the sizes are predictions, held against the compiler's report of registers and spills.
+Nothing was timed yet: the sizes are predictions, checked against the compiler's report of registers per thread and
+spills.
 """
 
 import math
@@ -13,32 +14,32 @@ from torch import Tensor
 from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 
-MIN_TILE = 16  # what tl.dot takes
-ROTATE_FROM = 1024  # from here on, without a window, q and k are rotated once, in a pass of their own (a prediction)
-CHUNK = 512  # keys a program of the registers' output: 16 programs a head at T = 8192, 128 at 65536 (a prediction)
-JOIN_ROWS = 4  # registers a program that joins chunks: few, because there are only B·H·R of them
-PARTIAL_TILE = 8192  # elements of partial sums a program adds at a time: 64 registers of 128 threads
+MIN_TILE = 16  # smallest dimension that tl.dot takes
+ROTATE_FROM = 1024  # tokens from which on, without a window, a kernel rotates q and k once (a prediction)
+SPLIT = 512  # keys per program, register tokens' output: 16 programs per head at T = 8192, 128 at 65536 (a prediction)
+COMBINE_ROWS = 4  # register tokens per program that combines splits: few, because there are only B·H·R
+PARTIAL_TILE = 8192  # elements of partial sums that a program adds per step: 64 registers per thread at 128 threads
 
-# Their products read operands from shared memory; everywhere else (sm_80, sm_89, gfx942) operands take registers.
+# Tensor cores read operands from shared memory here; elsewhere (sm_80, sm_89, gfx942) operands take registers.
 OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
 
 
 def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) -> bool:
-    """Whether a program holds all keys of a head. Past 128 rows the operands of the loop over queries no longer fit:
-    282 rows in backward spill 1 to 7 kB a thread in every shape tried, 4 to 16 warps; 128 rows of 64 channels with a
-    window spill 216 bytes on sm_90, and their 96 kB would not fit an sm_89."""
+    """Whether one program holds all keys of a head (`short`). Past 128 rows the operands of the loop over queries no
+    longer fit: 282 rows in backward spill 1 to 7 kB per thread in every shape tried, 4 to 16 warps; 128 rows of 64
+    channels with a window spill 216 bytes on sm_90, and their 96 kB would not fit an sm_89."""
     if element_size == 4:  # products without tensor cores keep their operands in registers
         return n_rows <= 64 and block_d <= 32
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
 
 
-MOST_TF32 = 128  # channels of a head: of more, TF32 operands spill 0.5 kB a thread where float32 spills 0.2
+MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
 
 
 def most_registers(head_dim: int) -> int:
     """How many register tokens the kernels take. Their keys and values are two tiles that a program holds beside its
-    own: more of them spill up to 5 kB a thread, and some need more shared memory than sm_80 and sm_89 have. What is
-    taken needs 86 kB at most for sm_80 and sm_89, 147 kB for sm_90, 32 kB for gfx942."""
+    own: more of them spill up to 5 kB per thread, and some need more shared memory than sm_80 and sm_89 have. Within
+    this limit the kernels need 86 kB at most on sm_80 and sm_89, 147 kB on sm_90, 32 kB on gfx942."""
     block_d = tile(head_dim)
     return 64 if block_d <= 64 else 16 if block_d <= 128 else 0
 
@@ -48,39 +49,39 @@ def launch_config(
 ) -> LaunchConfig:
     """The launch of one attention kernel; block_d is the padded head size.
 
-    Predictions: a block of 128 queries reads its window's keys and table rows, which cost twice the bytes of a key in
-    bfloat16, from L2 half as often as one of 64. Blocks of keys are larger than the blocks of queries that pass by,
-    for the same reason. Two stages, because three hold twice the table in shared memory.
+    Predictions: with blocks of 128 queries, the window's keys and their rope table rows (twice the bytes of a bfloat16
+    key) are read from L2 half as often as with 64. For the same reason grad_key has larger blocks of keys than of the
+    queries that it loops over. Two stages, because three hold twice as much of the rope table in shared memory.
     """
-    if kernel == "whole_backward" and element_size == 4 and not tf32:
-        # 4 warps, or 64 queries under a mask, spill 1 to 7 kB a thread with Triton 3.6 or 3.7. From 3.8 on operands
+    if kernel == "short_backward" and element_size == 4 and not tf32:
+        # 4 warps, or 64 queries under a mask, spill 1 to 7 kB per thread with Triton 3.6 or 3.7. From 3.8 on operands
         # stay in registers, and 32 queries spill 0.3 to 0.6 kB.
         return config(8, 1, BLOCK_M=32 if runtime.VERSION < (3, 8) else 16)
-    if kernel.startswith("whole"):  # a warpgroup for every 64 rows
+    if kernel.startswith("short"):  # a warpgroup for every 64 rows
         return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
-    if kernel.startswith("register"):  # tiles of 16 rows: more warps would only repeat each other's operands
-        if block_d > 64:  # 4 warps spill 0.3 kB a thread
+    if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
+        if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
         return config(4, 1, BLOCK_N=64 if element_size == 2 else 32)
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
-        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # of 8 warps ptxas makes 64 registers and a spill on sm_80
-    if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes a thread at D = 64
+        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
+    if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
         return config(8, 1, BLOCK_M=32, BLOCK_N=32) if block_d <= 64 else config(8, 1, BLOCK_M=16, BLOCK_N=16)
-    if block_d > 128:  # 32 queries spill 0.6 kB a thread, 64 up to 5.6
+    if block_d > 128:  # 32 queries spill 0.6 kB per thread, 64 up to 5.6
         return config(8, 1, BLOCK_M=16, BLOCK_N=16)
     roomy = architecture in OPERANDS_IN_SHARED_MEMORY
     if block_d > 64:
         if kernel == "grad_key":
             return config(8, 1, BLOCK_M=32, BLOCK_N=32)
-        if not roomy:  # 64 queries spill 0.6 kB a thread with register tokens
+        if not roomy:  # 64 queries spill 0.6 kB per thread with register tokens
             return config(4, 1, BLOCK_M=32, BLOCK_N=16)
         return config(8, 1, BLOCK_M=64, BLOCK_N=32)
     if kernel == "grad_key":
         if block_d <= 32:
             return config(8, 2, BLOCK_M=32, BLOCK_N=128)
-        return config(4 if roomy else 8, 2, BLOCK_M=32, BLOCK_N=64)  # 4 warps spill 8 bytes a thread on sm_80
+        return config(4 if roomy else 8, 2, BLOCK_M=32, BLOCK_N=64)  # 4 warps spill 8 bytes per thread on sm_80
     if kernel == "grad_query" and block_d > 32 and not roomy:
-        return config(8, 2, BLOCK_M=64, BLOCK_N=64)  # 128 queries spill 648 bytes a thread on sm_80
+        return config(8, 2, BLOCK_M=64, BLOCK_N=64)  # 128 queries spill 648 bytes per thread on sm_80
     return config(8, 2, BLOCK_M=128, BLOCK_N=64)
 
 
@@ -89,14 +90,14 @@ def launch_config(
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a launch needs and that follows from shapes; worked out once a shape."""
+    """Everything that a launch needs and that follows from shapes; computed once per shape."""
 
-    short: bool  # all keys of a head on chip
-    rotated: bool  # q and k are rotated in a pass of their own
+    short: bool  # the `short` kernels run: all keys of a head on chip
+    rotated: bool  # a separate kernel rotates q and k
     n_tokens: int
     n_registers: int
     half_window: int
-    scale: float  # of the scores, for a base-2 exponential
+    scale: float  # of the scores, with log2(e) for a base-2 exponential
     configs: dict[str, LaunchConfig]  # by kernel
 
 
@@ -104,7 +105,7 @@ def tile(rows: int) -> int:
     return max(MIN_TILE, 1 << (rows - 1).bit_length())
 
 
-def whole_tiles(n_rows: int, element_size: int = 2) -> tuple[int, int]:
+def key_tiles(n_rows: int, element_size: int = 2) -> tuple[int, int]:
     """Two powers of two that hold n_rows keys: 282 -> (256, 32), 60 -> (64, 0). Float32 takes one: two spill."""
     one = tile(n_rows)
     if n_rows == one or one == MIN_TILE or element_size == 4:
@@ -154,9 +155,9 @@ def _plan(
         return made.with_(**shared, **products, **constants)
 
     if short:
-        block_a, block_b = whole_tiles(n_rows, size)
+        block_a, block_b = key_tiles(n_rows, size)
         n_queries = n_rows if registers_out else n_tokens
-        for name in ("whole_forward", "whole_backward"):
+        for name in ("short_forward", "short_backward"):
             block_m = min(launch_config(name, n_rows, block_d, size, architecture, tf32)["BLOCK_M"], tile(n_queries))
             one = block_m >= n_queries
             configs[name] = chosen(
@@ -174,15 +175,15 @@ def _plan(
         block_r = tile(max(1, n_registers))
         flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
         has_registers = {"HAS_REGISTERS": n_registers > 0}
-        registers = {"BLOCK_R": block_r, "CHUNK": CHUNK, "ROTATE": rotate}
+        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATE": rotate}
         configs |= {
             "rotate": config(4, **shared, BLOCK_M=max(MIN_TILE, 4096 // block_d)),
-            "blocks_forward": chosen("blocks_forward", **flags, **has_registers),
+            "long_forward": chosen("long_forward", **flags, **has_registers),
             "grad_query": chosen("grad_query", **flags, **has_registers),
             "grad_key": chosen("grad_key", **flags, REGISTERS_OUT=registers_out),
             "register_forward": chosen("register", **registers),
             "register_backward": chosen("register", **registers),
-            "register_join": config(1, **shared, BLOCK_R=JOIN_ROWS),
+            "register_combine": config(1, **shared, BLOCK_R=COMBINE_ROWS),
         }
     scale = head_dim**-0.5 / math.log(2)
     return Plan(short, not short and not rotate, n_tokens, n_registers, window // 2, scale, configs)

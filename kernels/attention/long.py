@@ -1,14 +1,14 @@
-"""Attention over a long sequence: one program a (batch, head, block of rows), the other side passes in blocks.
+"""Attention over a long sequence: one program per (batch, head, block of rows), looping over blocks of the other side.
 
-Queries of tokens see the registers first (one tile), then the blocks of keys that their window reaches: a loop with a
-mask over the edges of the window and of the sequence, and one without over what lies between. The softmax is online;
-its logarithm (base 2, `lse`) is kept, and backward recomputes P from it in two deterministic kernels: the first
-takes blocks of queries (dq, delta, and a partial sum of the registers' dk and dv), the second blocks of keys (dk, dv,
-and a partial sum of the registers' dq where their output was asked for). `registers` adds the partials up.
+A block of queries sees the register tokens first (one tile), then the blocks of keys within its window: a masked loop
+over the blocks at the edges of the window and of the sequence, and an unmasked one over the interior. The softmax is
+online; the base-2 logarithm of its sum (`lse`) is kept, and backward recomputes P from it in two deterministic kernels:
+one program per block of queries (dq, delta, and a partial sum of the register tokens' dk and dv), then one per block of
+keys (dk, dv). `registers` computes the register tokens' output and dq, and adds up the partial sums.
 
-Bytes of a (batch, head): forward 4·T·D elements and 4·T of statistics, backward 12·T·D: both kernels read q, k, v
-and dout. Blocks of neighbours overlap in the caches: each key is read (BLOCK_M + W) / BLOCK_M times. FLOPs:
-4·T·(W + R)·D and, with seven products, 14·T·(W + R)·D, T for W where there is no window.
+Bytes per (batch, head): forward 4·T·D elements and 4·T of lse, backward 12·T·D: both kernels read q, k, v and dout.
+Neighbouring blocks share keys in cache: each key is read (BLOCK_M + W) / BLOCK_M times. FLOPs: 4·T·(W + R)·D and, with
+seven products, 14·T·(W + R)·D; W is the window, T in its place where there is none.
 """
 
 import torch
@@ -33,8 +33,8 @@ def _rotate_kernel(
     qkv_ptr, rope_ptr, rotated_ptr, stride_qkv_b, stride_qkv_t, n_tokens, n_registers, n_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """q and k of the tokens rotated once, (B, T, 2C): without a window each would be rotated T / BLOCK_M times.
-    grid (B · 2H · blocks,)."""
+    """Rotate q and k of the tokens once, to rotated (B, T, 2C): without a window each key would be rotated T / BLOCK_M
+    times. grid (B · 2H · blocks of tokens,), blocks fastest."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start = (tl.program_id(0) % n_blocks) * BLOCK_M
     slab = tl.program_id(0) // n_blocks
@@ -52,8 +52,8 @@ def _rotate_kernel(
 
 @triton.jit
 def _reached(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """The tokens that ROWS rows from `start` on see, in blocks: the first token, how many blocks before the interior
-    (where all rows see all tokens), in it, and after it."""
+    """Which tokens the rows start … start + ROWS - 1 see, in blocks of BLOCK: the first token, and the number of blocks
+    before the interior (where every row sees every token), in it, and after it."""
     if not HAS_WINDOW:
         full = n_tokens // BLOCK
         return 0, 0, full, tl.cdiv(n_tokens, BLOCK) - full
@@ -67,12 +67,12 @@ def _reached(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys of an online softmax. s [queries, keys] and the maximum m are unscaled: the difference of two
-    large scores is then rounded once, and `scale` also turns e into 2."""
+    """One block of keys of an online softmax: m, total, acc are the running maximum, sum and output. s [queries, keys]
+    and m are unscaled, so that the difference of two large scores is rounded once; `scale` includes log2(e)."""
     m_new = tl.maximum(m, tl.max(s, 1))
     base = m_new
     if MASKED:
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen nothing yet
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a visible key so far
     p = tl.exp2((s - base[:, None]) * scale)
     shrink = tl.exp2((m - base) * scale)
     acc = acc * shrink[:, None] + dot(round_to(p, v.dtype), v, PRECISION)
@@ -84,7 +84,7 @@ def _key_block(
     qk_ptr, v_ptr, rope_ptr, start, n_tokens, n_channels, stride_qk_t, stride_v_t,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotated k, and v, of BLOCK_N tokens from `start` on."""
+    """Load k, rotated, and v of BLOCK_N tokens from `start` on."""
     offs = tl.arange(0, BLOCK_N)
     left = n_tokens - start
     k_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t + n_channels
@@ -97,7 +97,7 @@ def _key_block(
 
 @triton.jit
 def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
-    """Which tokens offs_n a token offs_m sees: [offs_m, offs_n]."""
+    """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n."""
     mask = (offs_n < n_tokens)[None, :]
     if HAS_WINDOW:
         distance = offs_m[:, None] - offs_n[None, :]
@@ -106,7 +106,7 @@ def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _blocks_forward_kernel(
+def _long_forward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     n_tokens, n_registers, half_window, n_head, scale,
@@ -115,7 +115,11 @@ def _blocks_forward_kernel(
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·blocks,), blocks fastest. lse: (B, H, T)."""
+    """out (B, T, C) and, with KEEP_LSE, lse (B, H, T). grid (B·H·blocks of queries,), blocks fastest.
+
+    qk_ptr: q, then k n_channels later, in each row; ROTATE: they are not rotated yet. register_ptr: q, k, v of the
+    register tokens.
+    """
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start_m = (tl.program_id(0) % n_blocks) * BLOCK_M
     slab = tl.program_id(0) // n_blocks
@@ -175,13 +179,13 @@ def _grad_query_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t,
-    n_tokens, n_registers, half_window, n_head, scale, n_slots,
+    n_tokens, n_registers, half_window, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, delta = rowsum(out ∘ dout) (B, H, T), and the registers' dk, dv of these queries in slot 1 + block of
-    partial (B, n_slots, R, 3C) float32. grid (B·H·blocks,)."""
+    """dq, delta = rowsum(out ∘ dout) (B, H, T), and these queries' part of the register tokens' dk and dv, to part
+    1 + block of partial (B, n_parts, R, 3C) float32. grid (B·H·blocks of queries,), blocks fastest."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     block = tl.program_id(0) % n_blocks
     start_m = block * BLOCK_M
@@ -222,8 +226,8 @@ def _grad_query_kernel(
         p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
         ds_r = round_to(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
         dq += dot(ds_r, k_r, PRECISION)
-        slot = b * n_slots + 1 + block
-        partial_ptr += slot * n_registers * (3 * n_channels) + h * HEAD_DIM
+        part = b * n_parts + 1 + block
+        partial_ptr += part * n_registers * (3 * n_channels) + h * HEAD_DIM
         dv_r = dot(tl.trans(round_to(p_r, do.dtype)), do, PRECISION)
         store_rows(partial_ptr + 2 * n_channels, dv_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
@@ -265,7 +269,7 @@ def _grad_query_kernel(
 
 @triton.jit
 def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One block of queries: P and dS transposed, [keys, queries], feed the products as they are."""
+    """Add a block of queries to dk and dv. P and dS are transposed, [keys, queries], as the products need them."""
     p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])
     if MASKED:
         p = tl.where(mask, p, 0.0)
@@ -279,7 +283,7 @@ def _query_block(
     qk_ptr, grad_out_ptr, rope_ptr, lse_ptr, delta_ptr, start, n_tokens, stride_qk_t, stride_grad_t,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rotated q, dout and the statistics of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
+    """Load q, rotated, dout, lse and delta of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
     offs = tl.arange(0, BLOCK_M)
     left = n_tokens - start
     q_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t
@@ -299,7 +303,7 @@ def _register_queries(
     n_registers, n_channels, stride_register_r, stride_grad_r,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Rotated q, dout and the statistics of one head's registers; what is past the end has P = 0."""
+    """q, rotated, dout, lse and delta of one head's register tokens; past the end P = 0."""
     offs = tl.arange(0, BLOCK_R)
     q = load_rotated(register_ptr, rope_ptr, offs, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
     do = load_rows(grad_out_ptr, offs, n_registers, stride_grad_r, HEAD_DIM, BLOCK_D, False)
@@ -319,7 +323,8 @@ def _grad_key_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of tokens. REGISTERS_OUT: registers are queries too. grid (B·H·blocks,)."""
+    """dk and dv of a block of tokens. REGISTERS_OUT: register tokens are queries too.
+    grid (B·H·blocks of keys,), blocks fastest."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_N)
     block = tl.program_id(0) % n_blocks
     slab = tl.program_id(0) // n_blocks
@@ -385,7 +390,7 @@ def _grad_key_kernel(
 
 
 def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
-    """What every kernel of this family reads, by name; q and k are rotated here where the plan says so."""
+    """The arguments that all kernels here and in `registers` share, by name; rotates q and k where the plan says so."""
     batch, n_tokens, width = qkv.shape
     qk = qkv
     if plan.rotated:
@@ -405,10 +410,10 @@ def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | Non
 
 
 def forward(inputs: dict, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
-    """Fills out (B, T, C) and, to keep, lse (B, H, T)."""
-    config, n_head = plan.configs["blocks_forward"], inputs["n_head"]
+    """Fills out (B, T, C) and, with keep, lse (B, H, T)."""
+    config, n_head = plan.configs["long_forward"], inputs["n_head"]
     launch(
-        _blocks_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
+        _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
         config, like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window, KEEP_LSE=keep,
     )  # fmt: skip
 
@@ -419,9 +424,10 @@ def n_query_blocks(plan: Plan) -> int:
 
 def backward(
     inputs: dict, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
-    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_slots: int, plan: Plan,
+    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills grad_qkv (B, T, 3C), and slots 1 … blocks of partial (B, n_slots, R, 3C) with the registers' dk and dv."""
+    """Fills grad_qkv (B, T, 3C), and parts 1 … blocks of partial (B, n_parts, R, 3C) with the register tokens' dk
+    and dv."""
     batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
     both = {
@@ -430,7 +436,7 @@ def backward(
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
-        **both, out_ptr=out, partial_ptr=partial, n_slots=n_slots,
+        **both, out_ptr=out, partial_ptr=partial, n_parts=n_parts,
     )  # fmt: skip
     launch(
         _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,

@@ -4,13 +4,13 @@
     out_s = Σ_t softmax_t(q_s · k_t / √D) v_t,   t: every register, and the tokens with |s − t| ≤ window // 2
 
 Layouts: qkv (B, T, 3C) and register_qkv (B or 1, R, 3C) with any strides but a contiguous last dimension, read in
-place; rope (≥ R + T, D/2, 2) float32; out (B, T, C) contiguous. A register sees everything; what it sees is computed
-only when asked for. Rows past 2^31 elements are addressed in int64.
+place; rope (≥ R + T, D/2, 2) float32; out (B, T, C) contiguous. A register token sees everything; its output is
+computed only when asked for. Rows past 2^31 elements are addressed in int64.
 
-Two families of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and
-`long` (everything else; work and memory grow with T · (window + R)), with `registers` beside it.
-Kept for backward: the inputs, and for the second family out and the base-2 logarithm of the softmax's sum:
-`lse`, flat, (B, H, T) and then, where the registers' output was asked for, (B, H, R).
+Two sets of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and `long` (everything
+else; work and memory grow with T · (window + R)), with `registers` for the register tokens' output and gradients.
+Kept for backward: the inputs, and by `long` also out and `lse`, the base-2 logarithm of the softmax's sum: one flat
+tensor, (B, H, T) followed, where the register tokens' output was asked for, by (B, H, R).
 Each file counts its own bytes and FLOPs.
 """
 
@@ -67,7 +67,7 @@ def _readable(x: Tensor | None) -> Tensor | None:
 
 def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, keep):
     out = outputs[0]
-    register_out, lse = (out if result is None else result for result in outputs[1:])  # a stand-in, not written
+    register_out, lse = (out if result is None else result for result in outputs[1:])  # a placeholder, not written
     qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     if plan.short:
@@ -80,7 +80,7 @@ def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, ke
 
 
 def _of_registers(lse: Tensor, out: Tensor, n_head: int) -> Tensor:
-    """What follows the tokens' part of lse."""
+    """The register tokens' part of lse, which follows the tokens'."""
     return lse[out.shape[0] * out.shape[1] * n_head :]
 
 
@@ -89,19 +89,19 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     registers_out = registers_out and grad_register_out is not None
     grad_out = torch.zeros_like(out) if grad_out is None else _readable(grad_out)
     grad_register_out = _readable(grad_register_out) if registers_out else grad_out
-    register_out = register_out if registers_out else out  # a stand-in, not read
+    register_out = register_out if registers_out else out  # a placeholder, not read
     qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, n_tokens, width = qkv.shape
     grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
-    n_slots, first_slot, last_slot_q, last_slot = 1, 0, 1, 1
+    n_parts, first_part, last_part_q, last_part = 1, 0, 1, 1
     if not plan.short:
         blocks = long.n_query_blocks(plan)
-        last_slot_q = registers.n_chunks(plan) if registers_out else 0
-        first_slot, last_slot, n_slots = 0 if registers_out else 1, 1 + blocks, max(1 + blocks, last_slot_q)
-    partial = qkv  # not written
+        last_part_q = registers.n_splits(plan) if registers_out else 0
+        first_part, last_part, n_parts = 0 if registers_out else 1, 1 + blocks, max(1 + blocks, last_part_q)
+    partial = qkv  # a placeholder, not written
     if plan.n_registers:
-        partial = torch.empty((batch, n_slots, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
+        partial = torch.empty((batch, n_parts, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
 
     if plan.short:
         short.backward(grad_out, grad_register_out, qkv, rope, n_head, register_qkv, grad_qkv, partial, plan)
@@ -109,14 +109,14 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
         inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
         register_lse = _of_registers(lse, out, n_head) if registers_out else lse
         long.backward(
-            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_slots, plan
+            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_parts, plan
         )
         if registers_out:
-            registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_slots, plan)
+            registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_parts, plan)
     if register_qkv is None:
         return grad_qkv, None, None
     grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    registers.gradient(partial, rope, n_head, grad_register, first_slot, last_slot_q, last_slot, plan)
+    registers.gradient(partial, rope, n_head, grad_register, first_part, last_part_q, last_part, plan)
     return grad_qkv, None, grad_register
 
 
@@ -136,6 +136,6 @@ _operator = Operator(
 def rope_attention(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`fastblocks.functional.rope_attention` for what `unsupported_reason` lets through."""
+    """`fastblocks.functional.rope_attention`, for arguments that `unsupported_reason` accepts."""
     out, register_out, _ = _operator(qkv, rope, n_head, window, register_qkv, return_registers)
     return (out, register_out) if return_registers else out

@@ -1,17 +1,17 @@
-"""What is particular to registers in attention over a long sequence: their output, and their gradients' sums.
+"""Register tokens in attention over a long sequence: their output, and the sums of their gradients.
 
-A register sees everything, which over 16k keys is 50 times a window's work. So its keys are split into chunks, one a
-program; their partial softmaxes (m, l, acc) are joined in the order of the chunks. The gradients of registers are sums
-over all tokens (and the batch, where it shares its registers): each block of tokens has left a float32 partial sum, and
-they are added in the order of the blocks. No atomics: two runs give the same bits.
+A register token sees everything, which over 16k keys is 50 times a window's work. So the keys are split, one program
+per split, and the partial softmaxes (m, total, acc) are combined in the order of the splits. The gradients of register
+tokens are sums over all tokens (and the batch, where it shares its register tokens): each block of tokens has stored a
+float32 partial sum, and they are added in the order of the blocks. No atomics: two runs give the same bits.
 
-Bytes: forward 2·T·C elements read and 4·R·C·T / CHUNK written and read; backward 4·R·3C·(T / BLOCK) written and read.
+Bytes: forward 2·T·C elements read and 4·R·C·T / SPLIT written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
 
 import torch
 from torch import Tensor
 
-from fastblocks.kernels.attention.config import JOIN_ROWS, Plan
+from fastblocks.kernels.attention.config import COMBINE_ROWS, Plan
 from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _register_queries, _softmax_step
 from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
 from fastblocks.kernels.launch import launch
@@ -23,14 +23,16 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 def _register_forward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, m_ptr, total_ptr, acc_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
-    n_tokens, n_registers, n_head, scale, n_chunks,
+    n_tokens, n_registers, n_head, scale, n_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H·chunks,). m, total: (B, H, chunks, R); acc: (B, H, chunks, R, D). The registers'
-    own keys belong to chunk 0."""
-    chunk = tl.program_id(0) % n_chunks
-    slab = tl.program_id(0) // n_chunks
+    """Partial softmaxes of the register tokens over SPLIT keys each; their own keys belong to split 0.
+
+    m, total: (B, H, splits, R); acc: (B, H, splits, R, D), all float32. grid (B·H·splits,), splits fastest.
+    """
+    split = tl.program_id(0) % n_splits
+    slab = tl.program_id(0) // n_splits
     b = (slab // n_head).to(tl.int64)
     h = slab % n_head
     n_channels = n_head * HEAD_DIM
@@ -44,14 +46,14 @@ def _register_forward_kernel(
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if chunk == 0:
+    if split == 0:
         k = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
         v = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION), float("-inf"))
         m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
-    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+    for start_n in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_tokens), BLOCK_N):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
@@ -60,18 +62,18 @@ def _register_forward_kernel(
         s = tl.where(seen, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_R, BLOCK_N]
         m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
 
-    row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+    row = (slab.to(tl.int64) * n_splits + split) * n_registers
     tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
     tl.store(total_ptr + row + offs_r, total, mask=offs_r < n_registers)
     store_rows(acc_ptr + row * HEAD_DIM, acc, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _register_join_kernel(
-    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_lse_ptr, n_registers, n_head, n_chunks, scale,
+def _register_combine_kernel(
+    m_ptr, total_ptr, acc_ptr, register_out_ptr, register_lse_ptr, n_registers, n_head, n_splits, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Join the chunks' softmaxes, in their order. grid (B·H·R / BLOCK_R,)."""
+    """Combine the splits' partial softmaxes in order. grid (B·H·blocks of R,), blocks fastest."""
     n_blocks = tl.cdiv(n_registers, BLOCK_R)
     slab = tl.program_id(0) // n_blocks
     b = (slab // n_head).to(tl.int64)
@@ -81,8 +83,8 @@ def _register_join_kernel(
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for chunk in range(n_chunks):
-        row = (slab.to(tl.int64) * n_chunks + chunk) * n_registers
+    for split in range(n_splits):
+        row = (slab.to(tl.int64) * n_splits + split) * n_registers
         m_chunk = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
         m_new = tl.maximum(m, m_chunk)
         shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_chunk - m_new) * scale)
@@ -103,21 +105,21 @@ def _register_backward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_register_out_ptr, register_lse_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, n_head, scale, n_chunks, n_slots,
+    n_tokens, n_registers, n_head, scale, n_splits, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    CHUNK: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Registers as queries: their dq over a chunk of keys, to slot `chunk` of partial (B, n_slots, R, 3C). Chunk 0 has
-    their own keys too, with these dk and dv. grid (B·H·chunks,)."""
-    chunk = tl.program_id(0) % n_chunks
-    slab = tl.program_id(0) // n_chunks
+    """Register tokens as queries: their dq over a split of keys, to part `split` of partial (B, n_parts, R, 3C).
+    Split 0 also covers their own keys and stores those dk and dv. grid (B·H·splits,), splits fastest."""
+    split = tl.program_id(0) % n_splits
+    slab = tl.program_id(0) // n_splits
     b = (slab // n_head).to(tl.int64)
     h = slab % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
     register_ptr += b * stride_register_b + h * HEAD_DIM
-    partial_ptr += (b * n_slots + chunk) * n_registers * (3 * n_channels) + h * HEAD_DIM
+    partial_ptr += (b * n_parts + split) * n_registers * (3 * n_channels) + h * HEAD_DIM
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
 
     offs_r = tl.arange(0, BLOCK_R)
@@ -128,7 +130,7 @@ def _register_backward_kernel(
         n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    if chunk == 0:
+    if split == 0:
         k_r = load_rotated(
             register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
         )
@@ -139,7 +141,7 @@ def _register_backward_kernel(
         dk *= scale / LOG2_E
         store_rows(partial_ptr + n_channels, dk, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         store_rows(partial_ptr + 2 * n_channels, dv, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
-    for start_n in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, n_tokens), BLOCK_N):
+    for start_n in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_tokens), BLOCK_N):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
             HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
@@ -150,7 +152,7 @@ def _register_backward_kernel(
 
 @triton.jit
 def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexpr):
-    """dq, unscaled, of keys 0 ≤ n < end of a block."""
+    """What a block's keys 0 ≤ n < end add to dq, unscaled."""
     seen = (tl.arange(0, k.shape[0]) < end)[None, :]
     p = tl.where(seen, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
     ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
@@ -159,29 +161,30 @@ def _grad_of_queries(q, do, k, v, lse, delta, end, scale, PRECISION: tl.constexp
 
 @triton.jit
 def _register_gradient_kernel(
-    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_slots, n_batches,
-    first_slot, last_slot_q, last_slot,
+    partial_ptr, rope_ptr, grad_register_ptr, n_registers, n_head, n_parts, n_batches,
+    first_part, last_part_q, last_part,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, REGISTERS_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Add up slots first_slot … last_slot - 1 (for q: last_slot_q) of n_batches batches, rotate q and k back, store.
+    """Add up parts first_part … last_part - 1 (for q: last_part_q - 1), rotate q and k back, store.
 
-    partial: (B, n_slots, R, 3C) float32. grad_register: (B / n_batches, R, 3C). grid (B / n_batches · R · 3H,).
-    Without REGISTERS_OUT a register has asked nothing: its dq is zero, and no slot holds one.
+    partial: (B, n_parts, R, 3C) float32. grad_register: (B / n_batches, R, 3C), where n_batches samples share it.
+    Without REGISTERS_OUT register tokens were no queries: their dq is zero, and no part holds one.
+    grid (B / n_batches · R · 3H,).
     """
     head = tl.program_id(0) % (3 * n_head)  # of q, then k, then v
     r = (tl.program_id(0) // (3 * n_head)) % n_registers
     b = (tl.program_id(0) // (3 * n_head * n_registers)).to(tl.int64)
     width = 3 * n_head * HEAD_DIM
-    last_slot = tl.where(head < n_head, last_slot_q, last_slot)
+    last_part = tl.where(head < n_head, last_part_q, last_part)
     offs_s = tl.arange(0, BLOCK_S)
     total = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     for batch in range(n_batches):
         if REGISTERS_OUT or head >= n_head:
-            ptr = partial_ptr + (b * n_batches + batch) * n_slots * (n_registers * width) + r * width + head * HEAD_DIM
-            for slot in range(first_slot, last_slot, BLOCK_S):
-                slot_ptr = ptr + tl.cast(slot, tl.int64) * (n_registers * width)
+            ptr = partial_ptr + (b * n_batches + batch) * n_parts * (n_registers * width) + r * width + head * HEAD_DIM
+            for part in range(first_part, last_part, BLOCK_S):
+                part_ptr = ptr + tl.cast(part, tl.int64) * (n_registers * width)
                 total += load_rows(
-                    slot_ptr, offs_s, last_slot - slot, n_registers * width, HEAD_DIM, BLOCK_D, False
+                    part_ptr, offs_s, last_part - part, n_registers * width, HEAD_DIM, BLOCK_D, False
                 )  # [BLOCK_S, BLOCK_D]
     x = tl.sum(total, 0)[None, :]  # [1, BLOCK_D]
     one = tl.arange(0, 1)
@@ -190,57 +193,57 @@ def _register_gradient_kernel(
     store_rows(grad_register_ptr + (b * n_registers + r) * width + head * HEAD_DIM, x, one, 1, width, HEAD_DIM, BLOCK_D)
 
 
-def n_chunks(plan: Plan) -> int:
-    return cdiv(plan.n_tokens, plan.configs["register_forward"]["CHUNK"])
+def n_splits(plan: Plan) -> int:
+    return cdiv(plan.n_tokens, plan.configs["register_forward"]["SPLIT"])
 
 
 def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
-    """Fills register_out (B, R, C) and, to keep, register_lse (B, H, R)."""
+    """Fills register_out (B, R, C) and, with keep, register_lse (B, H, R)."""
     batch, n_registers, channels = register_out.shape
-    n_head, chunks = inputs["n_head"], n_chunks(plan)
-    rows = (batch, n_head, chunks, n_registers)
+    n_head, splits = inputs["n_head"], n_splits(plan)
+    rows = (batch, n_head, splits, n_registers)
     m, total = (torch.empty(rows, dtype=torch.float32, device=register_out.device) for _ in range(2))
     acc = torch.empty((*rows, channels // n_head), dtype=torch.float32, device=register_out.device)
     launch(
-        _register_forward_kernel, (batch * n_head * chunks,), plan.configs["register_forward"], like=register_out,
-        **inputs, m_ptr=m, total_ptr=total, acc_ptr=acc, n_chunks=chunks,
+        _register_forward_kernel, (batch * n_head * splits,), plan.configs["register_forward"], like=register_out,
+        **inputs, m_ptr=m, total_ptr=total, acc_ptr=acc, n_splits=splits,
     )  # fmt: skip
     launch(
-        _register_join_kernel, (batch * n_head * cdiv(n_registers, JOIN_ROWS),),
-        plan.configs["register_join"], like=register_out, KEEP_LSE=keep,
+        _register_combine_kernel, (batch * n_head * cdiv(n_registers, COMBINE_ROWS),),
+        plan.configs["register_combine"], like=register_out, KEEP_LSE=keep,
         m_ptr=m, total_ptr=total, acc_ptr=acc, register_out_ptr=register_out, register_lse_ptr=register_lse,
-        n_registers=n_registers, n_head=n_head, n_chunks=chunks, scale=plan.scale,
+        n_registers=n_registers, n_head=n_head, n_splits=splits, scale=plan.scale,
     )  # fmt: skip
 
 
 def backward(
     inputs: dict, grad_register_out: Tensor, register_out: Tensor, register_lse: Tensor, partial: Tensor,
-    n_slots: int, plan: Plan,
+    n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills slots 0 … chunks - 1 of partial (B, n_slots, R, 3C) with the registers' dq, and slot 0 with dk and dv of
-    what they see of each other."""
-    chunks = n_chunks(plan)
+    """Fills parts 0 … splits - 1 of partial (B, n_parts, R, 3C) with the register tokens' dq, and part 0 with dk and dv
+    from what they see of each other."""
+    splits = n_splits(plan)
     launch(
-        _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * chunks,),
+        _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * splits,),
         plan.configs["register_backward"], like=register_out, **inputs, register_out_ptr=register_out,
         grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse, partial_ptr=partial,
         stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
-        n_chunks=chunks, n_slots=n_slots,
+        n_splits=splits, n_parts=n_parts,
     )  # fmt: skip
 
 
 def gradient(
-    partial: Tensor, rope: Tensor, n_head: int, grad_register: Tensor, first_slot: int, last_slot_q: int,
-    last_slot: int, plan: Plan,
+    partial: Tensor, rope: Tensor, n_head: int, grad_register: Tensor, first_part: int, last_part_q: int,
+    last_part: int, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills grad_register (B or 1, R, 3C) with the sum of partial (B, n_slots, R, 3C)."""
+    """Fills grad_register (B or 1, R, 3C) with the sum of partial (B, n_parts, R, 3C)."""
     groups, n_registers, _ = grad_register.shape
-    n_slots, n_batches = partial.shape[1], partial.shape[0] // groups
-    if n_slots == 1:  # one partial sum a batch: as if all were of one
-        n_slots, last_slot_q, last_slot, n_batches = n_batches, n_batches, n_batches, 1
+    n_parts, n_batches = partial.shape[1], partial.shape[0] // groups
+    if n_parts == 1:  # one part per sample: add the samples as if they were parts of one
+        n_parts, last_part_q, last_part, n_batches = n_batches, n_batches, n_batches, 1
     launch(
         _register_gradient_kernel, (groups * n_registers * 3 * n_head,), plan.configs["register_gradient"],
         like=partial, partial_ptr=partial, rope_ptr=rope, grad_register_ptr=grad_register,
-        n_registers=n_registers, n_head=n_head, n_slots=n_slots, n_batches=n_batches,
-        first_slot=first_slot, last_slot_q=last_slot_q, last_slot=last_slot,
+        n_registers=n_registers, n_head=n_head, n_parts=n_parts, n_batches=n_batches,
+        first_part=first_part, last_part_q=last_part_q, last_part=last_part,
     )  # fmt: skip

@@ -1,16 +1,16 @@
-"""Attention over a short sequence: one program a (batch, head) keeps all its keys and values on chip.
+"""Attention over a short sequence: one program per (batch, head) keeps all its keys and values on chip.
 
     P = softmax(scale · q kᵀ + mask),  out = P v
     dv = Pᵀ dout,  dP = dout vᵀ,  dS = P ∘ (dP − rowsum(P ∘ dP)),  dq = scale · dS k,  dk = scale · dSᵀ q
 
-Rows are registers, then tokens. The keys are two tiles of BLOCK_A + BLOCK_B rows (a power of two each, so 70 rows
-become 64 + 16 instead of 128; BLOCK_B = 0: one tile); queries pass in blocks of BLOCK_M, once where all fit. A row
-sees all its keys at once, so there is no running maximum, nothing is saved for backward but the inputs, and backward
-is one kernel of five products, where the kernels for long sequences need seven.
+Rows are register tokens, then tokens. The keys are two tiles of BLOCK_A + BLOCK_B rows (a power of two each, so 70 rows
+take 64 + 16 instead of 128; BLOCK_B = 0: one tile); a loop takes queries in blocks of BLOCK_M, once where all fit. A
+row sees all its keys at once, so there is no running maximum, nothing is saved for backward but the inputs, and
+backward is one kernel of five products, where `long` needs seven.
 
-Bytes of a (batch, head): forward 4·T·D elements, backward 7·T·D (q, k, v, dout; dq, dk, dv), plus the table, which
-stays in the caches. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 64 and 91 FLOP a byte of bfloat16: memory
-decides, as long as the exponentials (16 a clock and multiprocessor) keep up: T / (8·D) clocks of them a byte.
+Bytes per (batch, head): forward 4·T·D elements, backward 7·T·D (q, k, v, dout; dq, dk, dv), plus the rope table, which
+stays in cache. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 64 and 91 FLOPs per element (32 and 46 per byte of
+bfloat16): memory-bound, as long as the exponentials (16 per clock and SM) keep up: T / (8·D) of them per byte.
 """
 
 from torch import Tensor
@@ -35,7 +35,7 @@ def _load_keys(
     token_ptr, register_ptr, rope_ptr, offs, n_registers, n_rows, n_channels, stride_token, stride_register,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, HAS_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Rotated k and v of rows offs; the pointers stand at this head's q."""
+    """Load k, rotated, and v of rows offs; the pointers point at this head's q."""
     k = load_sequence(
         token_ptr + n_channels, register_ptr + n_channels, offs, n_registers, n_rows, stride_token, stride_register,
         HEAD_DIM, BLOCK_D, EVEN, HAS_REGISTERS,
@@ -62,7 +62,7 @@ def _scores(
 
 
 @triton.jit
-def _whole_forward_kernel(
+def _short_forward_kernel(
     qkv_ptr, rope_ptr, register_ptr, out_ptr, register_out_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
     n_tokens, n_registers, half_window, n_head, scale,
@@ -71,7 +71,8 @@ def _whole_forward_kernel(
     ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_REGISTERS: tl.constexpr, REGISTERS_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H,). EVEN: the sequence fills tile A exactly."""
+    """grid (B·H,). register_ptr: q, k, v of the register tokens. ONE_BLOCK: all queries fit in BLOCK_M. EVEN: moreover
+    there are no register tokens and the sequence fills tile A exactly."""
     b = (tl.program_id(0) // n_head).to(tl.int64)
     h = tl.program_id(0) % n_head
     n_rows = n_registers + n_tokens
@@ -94,7 +95,7 @@ def _whole_forward_kernel(
             stride_register_r, HEAD_DIM, BLOCK_D, False, HAS_REGISTERS,
         )  # fmt: skip
 
-    # Rows of registers are queries only when somebody asks what they see.
+    # Register tokens are queries only when their output is asked for.
     for start in range(0 if REGISTERS_OUT else n_registers, n_registers + 1 if ONE_BLOCK else n_rows, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
         if REGISTERS_OUT:
@@ -116,7 +117,7 @@ def _whole_forward_kernel(
                 q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(s_b, 1))
-        m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may see nothing
+        m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may have no visible key
         p_a = tl.exp2((s_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
         acc = dot(round_to(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -135,7 +136,7 @@ def _store_gradient(
     x, token_ptr, partial_ptr, rope_ptr, offs, n_registers, n_rows, n_channels,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of tokens are rotated back and stored; rows of registers go to their partial sum as they are."""
+    """Store tokens' rows, rotated back if ROTATED (q and k), and register tokens' rows, as they are, to partial."""
     if HAS_REGISTERS:
         store_rows(partial_ptr, x, offs, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
     if ROTATED:
@@ -144,7 +145,7 @@ def _store_gradient(
 
 
 @triton.jit
-def _whole_backward_kernel(
+def _short_backward_kernel(
     qkv_ptr, rope_ptr, register_ptr, grad_out_ptr, grad_register_out_ptr, grad_qkv_ptr, partial_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
@@ -154,7 +155,8 @@ def _whole_backward_kernel(
     ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_REGISTERS: tl.constexpr, REGISTERS_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B·H,). partial_ptr: (B, R, 3C) float32, the registers' gradients of each batch, still rotated."""
+    """grid (B·H,). partial_ptr: (B, R, 3C) float32, the register tokens' gradients of each sample, not rotated back.
+    ONE_BLOCK, EVEN: as in forward."""
     b = (tl.program_id(0) // n_head).to(tl.int64)
     h = tl.program_id(0) % n_head
     n_rows = n_registers + n_tokens
@@ -261,7 +263,7 @@ def forward(
 ) -> None:
     """Fills out (B, T, C) and, where the plan has it, register_out (B, R, C)."""
     launch(
-        _whole_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_forward"], like=qkv,
+        _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
         stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
@@ -275,7 +277,7 @@ def backward(
 ) -> None:  # fmt: skip
     """Fills grad_qkv (B, T, 3C) and partial (B, 1, R, 3C)."""
     launch(
-        _whole_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["whole_backward"], like=qkv,
+        _short_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_backward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
         grad_qkv_ptr=grad_qkv, partial_ptr=partial,
         stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),

@@ -1,8 +1,8 @@
-"""What all attention kernels share: tiles of rows in and out of memory, rotation, masks, how registers are passed.
+"""What all attention kernels share: loading and storing tiles of rows, rotation, masks, register tokens' arguments.
 
 A tile is BLOCK rows by BLOCK_D channels; BLOCK_D is a power of two and at least 16 (what `tl.dot` takes), channels past
 HEAD_DIM are loaded as zeros and not stored. Base pointers are advanced in int64, offsets inside a tile are int32.
-Rows of the whole sequence count registers first: row i < R is register i, row R + t is token t; a row is a position.
+Rows of the whole sequence: row i < R is register token i, row R + t is token t; a row is also its rotary position.
 """
 
 from torch import Tensor
@@ -15,7 +15,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU
 
 @triton.jit
 def load_rows(ptr, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
-    """Rows `offs` of a (rows, HEAD_DIM) matrix, zeros outside 0 ≤ offs < end; EVEN: there is no outside."""
+    """Rows `offs` of a (rows, HEAD_DIM) matrix, zeros outside 0 ≤ offs < end; EVEN: all rows are inside."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
     if EVEN and HEAD_DIM == BLOCK_D:
@@ -47,8 +47,8 @@ def rotate(
         sin = -sin
     rotated = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (ROWS, BLOCK_D))
     if x.dtype == tl.float32:
-        # For TF32 products Triton writes a reshaped operand to shared memory in the shape before, for which sm_90 has
-        # no layout. An addition that it cannot fold keeps the two apart; 16 bits have a conversion there.
+        # For TF32 products Triton writes a reshaped operand to shared memory in its shape before the reshape, for which
+        # sm_90 has no layout. An addition that it cannot fold separates the two; 16 bits have a conversion there.
         rotated += 0.0
     return rotated
 
@@ -58,7 +58,7 @@ def load_rotated(
     ptr, rope_ptr, offs, end, stride,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATE False: they are rotated in memory already."""
+    """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATE False: already rotated in memory."""
     x = load_rows(ptr, offs, end, stride, HEAD_DIM, BLOCK_D, EVEN)
     if ROTATE:
         x = round_to(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN, False), x.dtype)
@@ -70,7 +70,7 @@ def load_sequence(
     token_ptr, register_ptr, offs, n_registers, n_rows, stride_token, stride_register,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, HAS_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the whole sequence: registers from one tensor, tokens from the other."""
+    """Rows of the whole sequence: register tokens from one tensor, tokens from the other."""
     if HAS_REGISTERS:
         registers = load_rows(register_ptr, offs, n_registers, stride_register, HEAD_DIM, BLOCK_D, False)
         tokens = load_rows(token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D, False)
@@ -83,7 +83,7 @@ def visible(
     offs_q, offs_k, n_registers, n_rows, half_window,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """Which rows of the whole sequence row offs_q sees: [queries, keys]."""
+    """Mask [queries, keys]: whether row offs_q of the whole sequence sees row offs_k."""
     mask = (offs_k < n_rows)[None, :]
     if HAS_WINDOW:
         distance = offs_q[:, None] - offs_k[None, :]
@@ -95,7 +95,8 @@ def visible(
 
 
 def register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> dict:
-    """The registers' pointer and strides (0 from batch to batch if all share them); qkv stands in if there are none."""
+    """The register tokens' pointer and strides (batch stride 0 if all samples share them); without any, qkv is a
+    placeholder."""
     if register_qkv is None:
         return {"register_ptr": qkv, "stride_register_b": 0, "stride_register_r": 0}
     return {

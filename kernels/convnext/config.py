@@ -9,7 +9,7 @@ from fastblocks.kernels.runtime import power_of_two
 @cache
 def depthwise_conv(
     architecture: str,
-    multiprocessors: int,
+    sm_count: int,
     *,
     batch: int,
     channels: int,
@@ -21,9 +21,9 @@ def depthwise_conv(
 ) -> LaunchConfig:
     """Depthwise convolution, forward and gradient of x.
 
-    RUN: the outputs of a thread that share their inputs in registers; one vector load's worth, or 4.
-    Registers bound the tile: 32 float32 accumulators a thread compile to 64-196 registers. 16 warps with 4-byte inputs
-    take 16 (32 spilled 8 bytes on sm_90), and strided kernels, whose runs read twice the inputs (32 took 249).
+    RUN: consecutive outputs of a thread, which share inputs in registers; one vector load's worth, at least 4.
+    Registers bound the tile: 32 float32 accumulators compile to 64-196 registers per thread. 16 warps with 4-byte
+    inputs take 16 (32 spilled 8 bytes on sm_90), as do strided kernels, whose runs read twice the inputs (32 took 249).
     Nothing here is timed; that smaller tiles pay where the grid would not fill the device is a prediction.
     """
     run = max(vector, 4)
@@ -35,31 +35,31 @@ def depthwise_conv(
     block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     slices = batch * -(-channels // block_c)
-    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
         block_h //= 2
-    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < multiprocessors:
+    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
         block_w //= 2
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
 
 
 @cache
-def norm_backward(architecture: str, multiprocessors: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
-    """LN's gradient and how many programs share the rows.
+def norm_backward(architecture: str, sm_count: int, *, channels: int, rows: int) -> tuple[LaunchConfig, int]:
+    """Launch of LN's gradient, and how many programs share the rows.
 
-    A tile of 2048 elements in 4 warps is 16 a thread; with three tiles of sums that is under 100 registers. Two
-    programs a multiprocessor: the second stage reads 12 bytes a channel and program.
+    A tile of 2048 elements in 4 warps is 16 per thread; with three tiles of sums that is under 100 registers. Two (8
+    warps) or four programs per SM: the second stage reads 12 bytes per channel and program.
     """
     block_c = max(16, power_of_two(channels))
     warps = 8 if block_c >= 1024 else 4
     block_m = max(1, warps * 512 // block_c)
-    programs = max(1, min(-(-rows // block_m), multiprocessors * (2 if warps == 8 else 4)))
+    programs = max(1, min(-(-rows // block_m), sm_count * (2 if warps == 8 else 4)))
     return config(warps, BLOCK_C=block_c, BLOCK_M=block_m), programs
 
 
 @cache
 def grad_weight(
     architecture: str,
-    multiprocessors: int,
+    sm_count: int,
     *,
     batch: int,
     channels: int,
@@ -70,9 +70,9 @@ def grad_weight(
     """Gradient of a depthwise convolution's weights, and how many slabs of positions there are.
 
     `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels; `fused` is the
-    gradient of x in the same pass. Tiles of [channels, runs]: 7 of sums, 4 of x, fused 4 of dx and 7 of weights more;
-    at 8 elements a thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About 4 programs a
-    multiprocessor is a prediction.
+    gradient of x in the same pass. A program holds tiles of [channels, runs]: 7 of sums, 4 of x; fused, also 4 of dx
+    and 7 of weights; at 8 elements per thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About
+    4 programs per SM is a prediction.
     """
     run = 4
     block_c = min(64, max(16, power_of_two(channels)))
@@ -80,14 +80,14 @@ def grad_weight(
     block_w = min(runs, power_of_two(-(-sizes[1] // run)))
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
-    slabs = max(1, min(tiles, 4 * multiprocessors // (parts * -(-channels // block_c))))
+    slabs = max(1, min(tiles, 4 * sm_count // (parts * -(-channels // block_c))))
     warps = 8 if fused and block_c == 64 else 4
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
 
 
 @cache
 def sum_slabs(channels: int) -> LaunchConfig:
-    """Second stage of sums over positions: 32 slabs a step, whole sectors of channels."""
+    """Second stage of sums over positions: 32 slabs per step, channels in whole memory sectors."""
     return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, power_of_two(channels))))
 
 
@@ -95,7 +95,7 @@ def sum_slabs(channels: int) -> LaunchConfig:
 def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int, gated: bool) -> LaunchConfig:
     """The fused MLP: the largest tiles that spill on neither sm_80 nor sm_90 (64 and 128 channels, 16 bits).
 
-    Weights' gradients hold both weights' chunks as operands and both gradients as sums: 32 × 32 takes 168-241
+    Weights' gradients hold chunks of both weights as operands and both gradients as accumulators: 32 × 32 takes 168-241
     registers at 64 channels, 64 rows or hidden units spill there, and everything does at 128. Not timed.
     """
     block_c, block_o = (max(16, power_of_two(c)) for c in (channels, c_out))
@@ -112,16 +112,18 @@ def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int,
 
 @cache
 def transposing(channels: int) -> LaunchConfig:
-    """A tile that is read along one side and written along the other: 64 × 64 fills sectors on both."""
+    """A transposing kernel: a tile is read along one side and written along the other; 64 × 64 fills sectors on
+    both."""
     return config(8, BLOCK_S=64, BLOCK_C=min(64, max(16, power_of_two(channels))))
 
 
 @cache
 def pointwise(columns: int) -> LaunchConfig:
-    """Rows of hidden units with a sum a column: 8 elements a thread and tensor, 128 columns for whole 16-byte loads."""
+    """An elementwise kernel over rows of hidden units with a sum per column: 16 elements per thread and tensor, 128
+    columns for whole 16-byte loads."""
     return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, power_of_two(columns))))
 
 
-def slabs(multiprocessors: int, tiles: int, columns: int) -> int:
-    """Programs that share `tiles` rows of tiles, `columns` programs beside each other: 4 a multiprocessor."""
-    return max(1, min(tiles, 4 * multiprocessors // columns))
+def slabs(sm_count: int, tiles: int, columns: int) -> int:
+    """How many slabs share `tiles` tiles, at `columns` programs per slab: 4 programs per SM."""
+    return max(1, min(tiles, 4 * sm_count // columns))

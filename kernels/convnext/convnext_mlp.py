@@ -4,12 +4,12 @@
 
 x (B, *sizes, C), y and the residual (B, C_out, *sizes). Two ways, by size and dtype:
 
-- Up to FUSED_CHANNELS channels in 16 bits: the kernels of `mlp`; only x is kept for backward, which is theirs too
-  up to FUSED_BACKWARD_CHANNELS and the library's, with pre computed again, above.
+- Up to FUSED_CHANNELS channels in 16 bits: the kernels of `mlp`; only x is kept for backward, which runs in them, too,
+  up to FUSED_BACKWARD_CHANNELS; above, it recomputes pre and runs as below.
 - Above, and in float32 (where the library's products follow torch's own TF32 switch): the library multiplies, and a
-  kernel adds bias and residual while it transposes. Kept: x and pre, 2·(C + F) bytes a position.
-  Backward: one kernel transposes dy and sums db2; one computes hidden and d pre
-  together, d pre over d hidden in place, and sums db1; three or four products.
+  kernel adds bias and residual while it transposes. Kept: x and pre, 2·(C + F) bytes per position.
+  Backward: one kernel transposes dy and sums db2; one computes hidden and d pre together, d pre in place of d hidden,
+  and sums db1; three or four products.
 
 Products are rounded to `dtype` (autocast's, where that is on); y has the promoted dtype of `dtype` and the residual.
 """
@@ -30,8 +30,8 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 
 __all__ = ["convnext_mlp", "unsupported_reason"]
 
-# Where the hidden units stay on the chip. Bytes: 10C a position instead of 54C; at 128 channels the products still
-# take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
+# Most channels for which hidden units stay on the chip. Bytes: 10C per position instead of 54C; at 128 channels the
+# products still take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
 FUSED_CHANNELS = 128
 FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients spill registers in every configuration tried
 
@@ -52,7 +52,7 @@ def _finish_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """y = product + bias + residual, transposed to channels first. grid (B · blocks of S, blocks of C)."""
+    """y (B, C, S) = product (B·S, C) + bias + residual, transposed. grid (B · blocks of S, blocks of C)."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     offs_s = tl.program_id(0) % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -83,7 +83,10 @@ def _to_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_y as rows, and a slab's sum over positions. grid (slabs, blocks of C)."""
+    """grad_y (B, C, S) to rows (B·S, C); each slab's sum over positions to partial (slabs, C).
+
+    grid (slabs, blocks of C); slabs share the n_tiles = B · blocks_s tiles of positions in turn.
+    """
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
     mask_c = offs_c < C
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -112,7 +115,8 @@ def _grad_activation_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """The hidden units again; the gradient of pre in the place of theirs; a slab's sum. grid (slabs, blocks of F)."""
+    """Recomputes hidden from pre (both (n_rows, F)); grad_ptr holds d hidden, replaced by d pre; each slab's sum of d
+    pre goes to partial (slabs, F). grid (slabs, blocks of F)."""
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask_f = offs_f < F
     total = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
@@ -158,7 +162,7 @@ def _outputs(x, weight1, bias1, weight2, bias2, residual, dtype, keep):
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C) in memory of that layout: the kernels read rows that follow one another."""
+    """x as contiguous rows (N, C), as the kernels read them."""
     return x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
 
 
@@ -247,7 +251,7 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows = torch.empty((batch * positions, c_out), dtype=dtype, device=grad_y.device)
     chosen = config.transposing(c_out)
     blocks_s, blocks_c = cdiv(positions, chosen["BLOCK_S"]), cdiv(c_out, chosen["BLOCK_C"])
-    slabs = config.slabs(runtime.multiprocessors(grad_y.device), batch * blocks_s, blocks_c)
+    slabs = config.slabs(runtime.sm_count(grad_y.device), batch * blocks_s, blocks_c)
     partial = torch.empty((slabs, c_out), dtype=torch.float32, device=grad_y.device)
     launch(
         _to_rows_kernel,
@@ -269,12 +273,12 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden units, and partial sums of the gradient of pre, which takes the place of `grad`, the hidden units'."""
+    """The hidden units, and partial sums of d pre; `grad` is d hidden and is overwritten with d pre."""
     n_rows, hidden_units = pre.shape
     hidden = torch.empty_like(grad)
     chosen = config.pointwise(hidden_units)
     blocks_f = cdiv(hidden_units, chosen["BLOCK_F"])
-    slabs = config.slabs(runtime.multiprocessors(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
+    slabs = config.slabs(runtime.sm_count(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
     partial = torch.empty((slabs, hidden_units), dtype=torch.float32, device=pre.device)
     launch(
         _grad_activation_kernel,
@@ -311,5 +315,5 @@ _operator = Operator(
 
 
 def convnext_mlp(x, weight1, bias1, weight2, bias2, residual) -> Tensor:
-    """`fastblocks.functional.convnext_mlp` for what `unsupported_reason` lets through."""
+    """`fastblocks.functional.convnext_mlp`, for arguments that `unsupported_reason` accepts."""
     return _operator(x, weight1, bias1, weight2, bias2, residual, compute_dtype(x))[0]

@@ -6,16 +6,16 @@
 The same kernel is the forward pass of both modes and, without the normalization, the gradient of x of both modes (the
 gradient of a convolution is the transposed one, and the other way round).
 
-Layouts: x is read through its strides, channels first or last, without a copy; y, x̂ (what LN's affine has not touched
-yet) and rstd are (B, H', W', C) and (B, H', W'), contiguous. 1-D is 2-D with H = 1.
-Bytes a position and channel, forward: x once, y once, x̂ once where it is kept. FLOPs: 2·taps.
+Layouts: x is read through its strides, channels first or last, without a copy; y, x̂ (normalized, before LN's affine)
+and rstd are (B, H', W', C) and (B, H', W'), contiguous. 1-D is 2-D with H = 1.
+Bytes per position and channel, forward: x once, y once, x̂ once where it is kept. FLOPs: 2·taps.
 
-How it is fast. A program holds ROWS × (BLOCK_W · RUN) positions × all channels as float32 in registers. A thread's RUN
-consecutive positions share what they read: where x is channels first and aligned, the RUN inputs are one vector load,
-taken apart in registers, and the taps of an output are registers of its neighbours; a 7-tap convolution reads 3
-vectors for 8 outputs instead of 56 scalars, and every weight once for ROWS · RUN outputs instead of once for each.
-Strided and transposed convolutions are the same walk: a transposed one is split by phase (o + p) mod s, and within a
-phase it is a stride-1 convolution with ceil(k/s) taps.
+Why it is fast: a program holds BLOCK_H × (BLOCK_W · RUN) positions × BLOCK_C channels as float32 in registers. A
+thread's RUN consecutive positions share what they read: where x is channels first and aligned, the RUN inputs are one
+vector load, taken apart in registers, and the taps of an output are registers of its neighbours; a 7-tap convolution
+reads 3 vectors for 8 outputs instead of 56 scalars, and every weight once for BLOCK_H · RUN outputs instead of once for
+each. Strided and transposed convolutions run the same loop: a transposed one is split by phase (o + p) mod s, and
+within a phase it is a stride-1 convolution with ceil(k/s) taps.
 """
 
 from torch import Tensor
@@ -26,8 +26,8 @@ from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
-# More taps than these in a row are walked in chunks of these: unrolled, 63 taps took 12 s to compile and spilled. A
-# multiple of every vector length, so that chunks start where memory is aligned.
+# Most taps of a kernel row that are unrolled; longer rows are split into chunks: 63 unrolled taps took 12 s to compile
+# and spilled. A multiple of every vector length, so that chunks start where memory is aligned.
 MAX_TAPS = 16
 
 
@@ -79,11 +79,11 @@ def _accumulate(
     GUARD: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Adds input number D of a run to every output of the run that has a tap there."""
+    """Adds input number D of a run, times its tap, to every output of the run that it reaches."""
     updated = ()
     for f in tl.static_range(RUN):
         if D - f * STEP >= 0 and D - f * STEP < TAPS:
-            if GUARD:  # a weight of zero would not do: the input may be Inf
+            if GUARD:  # a zero weight is not enough: the input may be Inf
                 updated = updated + (acc[f] + tl.where(valid[D - f * STEP], x, 0.0) * weights[D - f * STEP],)
             else:
                 updated = updated + (acc[f] + x * weights[D - f * STEP],)
@@ -136,11 +136,17 @@ def _conv_kernel(
     BLOCK_W: tl.constexpr,
     RUN: tl.constexpr,
 ):
+    """grid (B · blocks_h · blocks_w · phases, blocks of C), phases fastest (1 unless TRANSPOSED).
+
+    x, y: (B, C, H, W) by strides. weight: (C, taps) by strides. With NORMALIZE a block holds all channels and y is
+    contiguous (B, H_OUT, W_OUT, C); KEEP stores normalized (x̂) and rstd. TAPS: of a kernel row, unrolled at a time.
+    VECTOR: consecutive positions in one load, 1 for any strides. RUN: consecutive outputs that share inputs.
+    """
     STEP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE_H  # in x, from one output of a phase to the next
     STEP_W: tl.constexpr = 1 if TRANSPOSED else STRIDE_W
-    GAP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1  # in y the same, and between the taps of a phase
+    GAP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1  # the same in y, and between the taps of a phase
     GAP_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
-    SIGN_H: tl.constexpr = -GAP_H if TRANSPOSED else 1  # a transposed convolution walks its taps backward
+    SIGN_H: tl.constexpr = -GAP_H if TRANSPOSED else 1  # a transposed convolution takes its taps in reverse
     SIGN_W: tl.constexpr = -GAP_W if TRANSPOSED else 1
     TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
     ALL_TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
@@ -149,7 +155,7 @@ def _conv_kernel(
     PAD_H: tl.constexpr = KERNEL_H // 2
     PAD_W: tl.constexpr = KERNEL_W // 2
     SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS  # inputs of a run
-    SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # vectors start where memory is aligned
+    SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # inputs before the first, to align loads
     VECTORS: tl.constexpr = (SLACK + SPAN + VECTOR - 1) // VECTOR
 
     pid = tl.program_id(0)
@@ -177,7 +183,7 @@ def _conv_kernel(
     offs_q = tl.arange(0, BLOCK_H * BLOCK_W)  # runs
     offs_h = start_h + offs_q // BLOCK_W
     offs_w = start_w + offs_q % BLOCK_W * RUN
-    if VECTOR > 1:  # the launcher saw that these are multiples of VECTOR; this tells the compiler
+    if VECTOR > 1:  # the launcher checked that these are multiples of VECTOR; this tells the compiler
         stride_x_b = stride_x_b // VECTOR * VECTOR
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
@@ -291,7 +297,7 @@ def convolve(
     vector = vector_of(x, width) if stride == (1, 1) else 1
     chosen = config.depthwise_conv(
         runtime.architecture(x.device),
-        runtime.multiprocessors(x.device),
+        runtime.sm_count(x.device),
         batch=batch,
         channels=channels,
         sizes=(-(-height_out // gaps[0]), -(-width_out // gaps[1])),

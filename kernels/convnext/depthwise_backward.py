@@ -2,14 +2,14 @@
 
 With x̂ and rstd kept by the forward pass and G = dy · norm_weight:
 
-    du = rstd · (G − mean(G) − x̂ · mean(G · x̂))          over channels, a row a position
+    du = rstd · (G − mean(G) − x̂ · mean(G · x̂))          over channels, for each position
     d norm_weight = Σ dy · x̂,   d norm_bias = Σ dy,   d bias = Σ du
     dx[i] = Σ_k weight[k] · du[o(i, k)],   d weight[k] = Σ_i x[i] · du[o(i, k)]
 
 du is written once, (B, H', W', C), in dy's dtype. The gradient of x is the convolution of the other mode and runs in
-`depthwise_conv`; but for a row of few taps (all of 1-D up to MAX_TAPS) it comes out of the pass over x and du that the
-weights' gradient needs anyway.
-Bytes a position and channel: du's pass reads dy and x̂ and writes du; the second reads x and du and writes dx.
+`depthwise.convolve`; for a single row of few taps (1-D up to MAX_TAPS) it is computed in the pass over x and du that
+the weights' gradient needs anyway.
+Bytes per position and channel: du's pass reads dy and x̂ and writes du; the second reads x and du and writes dx.
 
 Sums over positions: every program adds its share in registers, in the order of its tiles, and writes it to its own
 row of a buffer; `_sum_slabs_kernel` adds the rows in order. No atomics: the same bits every time.
@@ -25,7 +25,7 @@ from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
-# Taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 a thread are 64 registers.
+# Most taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 are 64 registers per thread.
 MAX_TAPS = 8
 
 
@@ -42,6 +42,7 @@ def _norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """grad_u (rows, C), and partial (programs, 3, C): each program's sums of dy · x̂, dy and du. grid (programs,)."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
@@ -108,7 +109,13 @@ def _grad_weight_kernel(
     BLOCK_W: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    # The gradient of x walks the convolution of the other mode: from positions of x to those of u.
+    """Sums of x · du for TAPS taps of one kernel row, over one slab of positions; GRAD_X: also the gradient of x.
+
+    grid (slabs · phases · kernel rows · chunks of TAPS, blocks of C), chunks fastest. x, grad_x: (B, C, H, W) by
+    strides. grad_u: (B, H_OUT, W_OUT, C). weight: (taps, C). partial: (phases, slabs, rows, taps of a phase, C)
+    float32. The slabs share the n_tiles tiles of positions in turn. VECTOR, RUN: as in `depthwise`.
+    """
+    # Positions and taps as in the convolution of the other mode, which is the gradient of x: from x to u.
     STEP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
     STEP_W: tl.constexpr = STRIDE_W if TRANSPOSED else 1
     GAP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE_H
@@ -249,6 +256,7 @@ def _sum_slabs_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Adds the slabs' partial sums of the two kernels above. grid (taps + 3, blocks of C)."""
     TAPS: tl.constexpr = KERNEL_H * KERNEL_W
     TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
     TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
@@ -286,7 +294,7 @@ def _sum_slabs_kernel(
         tl.store(grad_norm_weight_ptr + offs_c, round_to(result, grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
     if column == TAPS + 1:
         tl.store(grad_norm_bias_ptr + offs_c, round_to(result, grad_norm_bias_ptr.dtype.element_ty), mask=mask_c)
-    if HAS_BIAS:  # a constexpr: without one there is nothing to store to
+    if HAS_BIAS:  # a constexpr: without a bias its pointer is None
         if column == TAPS + 2:
             tl.store(grad_bias_ptr + offs_c, round_to(result, grad_bias_ptr.dtype.element_ty), mask=mask_c)
 
@@ -312,10 +320,10 @@ def backward(
     batch, channels, height, width = x.shape
     height_out, width_out = grad_y.shape[1:3]
     grad_weight, grad_norm_weight, grad_norm_bias, grad_bias = grads
-    architecture, multiprocessors = runtime.architecture(x.device), runtime.multiprocessors(x.device)
+    architecture, sm_count = runtime.architecture(x.device), runtime.sm_count(x.device)
 
     rows = rstd.numel()
-    chosen, programs = config.norm_backward(architecture, multiprocessors, channels=channels, rows=rows)
+    chosen, programs = config.norm_backward(architecture, sm_count, channels=channels, rows=rows)
     grad_u = torch.empty_like(grad_y)
     norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
     launch(
@@ -341,7 +349,7 @@ def backward(
     fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
     chosen, slabs = config.grad_weight(
         architecture,
-        multiprocessors,
+        sm_count,
         batch=batch,
         channels=channels,
         sizes=(-(-height // gaps[0]), -(-width // gaps[1])),

@@ -3,7 +3,7 @@
     y = LN(conv(x)) · norm_weight + norm_bias        x (B, C, L) or (B, C, H, W) by strides, y (B, *sizes, C)
 
 Formulas and kernels are in `depthwise` (forward, gradient of x) and `depthwise_backward` (the rest). Kept for backward:
-x as it came, x̂ in y's dtype and a float32 rstd a position. Bytes a position and channel, bf16: forward 6 (4 without
+x itself, x̂ in y's dtype and a float32 rstd per position. Bytes per position and channel, bf16: forward 6 (4 without
 gradients), backward 6 + 6 in 1-D, 6 + 8 in 2-D, where caches hold the rows between taps.
 
 Everything is float32 between reading x and writing y. Under autocast x and the weights are read as they are and y
@@ -20,7 +20,7 @@ from fastblocks.kernels.operator import Operator, compute_dtype
 __all__ = ["depthwise_conv_layer_norm", "unsupported_reason"]
 
 MAX_CHANNELS = 2048  # a position's channels are normalized in registers: 2048 × 8 positions in 16 warps
-MAX_KERNEL = 63  # a side; tests go as far
+MAX_KERNEL = 63  # per dimension; the largest tested
 
 
 def unsupported_reason(
@@ -70,7 +70,7 @@ def _forward(outputs, x, weight, bias, norm_weight, norm_bias, stride, transpose
     x, batch, channels = _planes(x), x.shape[0], x.shape[1]
     kernel, (height, width) = _pair(weight.shape[2:]), _pair(sizes)
     taps = kernel[0] * kernel[1]
-    if x.stride(3) != 1 and x.stride(1) == 1:  # channels last: neighbouring threads want neighbouring channels
+    if x.stride(3) != 1 and x.stride(1) == 1:  # channels last: adjacent threads take adjacent channels
         weight, weight_strides = weight.reshape(channels, taps).t().contiguous(), (1, channels)
     else:
         weight, weight_strides = weight.reshape(channels, taps).contiguous(), (taps, 1)
@@ -93,7 +93,7 @@ def _forward(outputs, x, weight, bias, norm_weight, norm_bias, stride, transpose
 
 
 def _gradients(needs, x, weight, bias, norm_weight, norm_bias, *_):
-    """Memory for the gradients; that of x in its own layout, channels first or last."""
+    """Allocate the gradients; that of x in its own layout, channels first or last."""
     vectors = (None if t is None else torch.empty_like(t, memory_format=_DENSE) for t in (bias, norm_weight, norm_bias))
     return (torch.empty_like(x) if needs[0] else None), torch.empty_like(weight, memory_format=_DENSE), *vectors
 
@@ -146,6 +146,6 @@ _operator = Operator(
 
 
 def depthwise_conv_layer_norm(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps) -> Tensor:
-    """`fastblocks.functional.depthwise_conv_layer_norm` for what `unsupported_reason` lets through."""
+    """`fastblocks.functional.depthwise_conv_layer_norm`, for arguments that `unsupported_reason` accepts."""
     dtype = compute_dtype(x)
     return _operator(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype)[0]

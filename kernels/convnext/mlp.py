@@ -4,12 +4,12 @@
     swiglu:  y = (silu(x W1ᵀ) ∘ x W3ᵀ) W2ᵀ + residual
 
 x is (N, C), contiguous rows; y, the residual and dy are (B, C_out, S) by strides with B·S = N: channels first or last,
-the way back is the store. A program takes BLOCK_M positions of one sample and walks the hidden units in chunks of
-BLOCK_F: two products (three gated) and the activation a chunk. Nothing but x is kept for backward; the hidden units
-are computed again there. Products accumulate in float32; hidden units are rounded to x's dtype, as between two
+the store transposes. A program takes BLOCK_M positions of one sample and loops over the hidden units in chunks of
+BLOCK_F: two products (three gated) and the activation per chunk. Nothing but x is kept for backward; the hidden units
+are recomputed there. Products accumulate in float32; hidden units are rounded to x's dtype, as between two
 layers.
-Bytes a position: x, residual and y once; FLOPs 4·C·F forward, 6·C·F for dx and 8·C·F for the weights (2 and 4·C·F of
-them computed again).
+Bytes per position: x, residual and y once; FLOPs 4·C·F forward, 6·C·F for dx and 8·C·F for the weights (2 and 4·C·F of
+them recomputed).
 
 The weights' gradients are summed over slabs of positions in registers and then over slabs in fixed order.
 """
@@ -56,7 +56,7 @@ def _activate(pre, up, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _activate_backward(pre, up, grad, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """The hidden units again, and the gradients of pre and up."""
+    """Recomputes hidden, and the gradients of pre and up."""
     if ACTIVATION == "gelu":
         cdf, bell = _normal_cdf(pre, EXACT)
         hidden = pre * cdf
@@ -102,6 +102,10 @@ def _mlp_forward_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
+    """grid (B · blocks_s,), with blocks_s tiles of BLOCK_M positions per sample.
+
+    weight1, weight3 (gated only): (F, C), weight2: (C_OUT, F), F the hidden units. EXACT: erf, not its approximation.
+    """
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     start_s = tl.program_id(0) % blocks_s * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -172,6 +176,7 @@ def _mlp_grad_x_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
+    """grid (B · blocks_s,), as forward. Recomputes pre (and up) of each chunk of hidden units."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     start_s = tl.program_id(0) % blocks_s * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -244,7 +249,10 @@ def _mlp_grad_weight_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """A row of `partial` is [dW1 (F, C) | dW2 (C_out, F) | dW3 (F, C) if gated, or db1 (F) | db2 (C_out)]."""
+    """grid (chunks of F, slabs); slabs share the n_tiles = B · blocks_s tiles of positions in turn.
+
+    A row of `partial`, one per slab, is [dW1 (F, C) | dW2 (C_out, F) | dW3 (F, C) if gated, or db1 (F) | db2 (C_out)].
+    """
     offs_f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     offs_c = tl.arange(0, BLOCK_C)
     offs_o = tl.arange(0, BLOCK_O)
@@ -325,7 +333,8 @@ def fused_forward(
     y: Tensor,
     activation: str,
 ) -> None:
-    """x (N, C), y and residual (B, C_out, S) by strides. Gated where there is a weight3; x and weights in one dtype."""
+    """Fills y (B, C_out, S) by strides, like the residual, from x (N, C). Gated if weight3 is given; x, weights in one
+    dtype."""
     batch, c_out, positions = y.shape
     chosen = config.mlp(
         runtime.architecture(x.device), "forward", x.shape[1], c_out, x.element_size(), weight3 is not None
@@ -407,7 +416,7 @@ def fused_backward(
     if grads is not None:
         chosen = config.mlp(architecture, "grad_weight", channels, c_out, x.element_size(), gated)
         blocks_s, chunks = cdiv(positions, chosen["BLOCK_M"]), cdiv(hidden, chosen["BLOCK_F"])
-        slabs = max(1, min(batch * blocks_s, runtime.multiprocessors(x.device) // chunks))
+        slabs = max(1, min(batch * blocks_s, runtime.sm_count(x.device) // chunks))
         partial = torch.empty((slabs, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
         launch(
             _mlp_grad_weight_kernel,

@@ -1,4 +1,4 @@
-"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. `operator` tells the story."""
+"""The backward pass of grouped GRUs and LSTMs through time: its kernel and its launch. Formulas: `operator`."""
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
@@ -11,14 +11,14 @@ from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
-    input_sums,
+    input_preactivations,
     load_float,
     load_padded,
     load_quads,
     load_weights,
     outer_product,
     product,
-    state_sums,
+    state_preactivations,
     store_quads,
     store_weights,
     tanh,
@@ -53,7 +53,7 @@ def _grouped_rnn_backward_kernel(
     cell_ptr,
     y_ptr,
     grad_x_ptr,
-    grad_sums_words_ptr,
+    grad_preactivations_words_ptr,
     partial_ptr,
     grad_h_first_ptr,
     grad_c_first_ptr,
@@ -75,12 +75,19 @@ def _grouped_rnn_backward_kernel(
     TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
+    UNITS, and I inputs, padded to FANS.
+
+    gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two), or None: recompute them.
+    cell_ptr: (G, B·T, N, H). FUSED: fills grad_x (N, B, T, G·I), a tensor per direction, and row `tile` of partial
+    (tiles, partial_size); else grad_preactivations_words, laid out as gates. STAGES: of the time loop's pipeline.
+    """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    SUMS: tl.constexpr = 4 if LSTM else 3
+    GATES: tl.constexpr = 4 if LSTM else 3
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
-    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
-    RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates are made again from x and y, which are there anyway
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
+    RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates, from x and y, which are kept anyway
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
     direction = tl.program_id(0) // packs % DIRECTIONS
@@ -131,7 +138,7 @@ def _grouped_rnn_backward_kernel(
         grad_u2 = grad_u0
         grad_u3 = grad_u0
     else:
-        grad_sums_ptrs = grad_sums_words_ptr + (kept_row * H + unit) * WORDS
+        grad_preactivations_ptrs = grad_preactivations_words_ptr + (kept_row * H + unit) * WORDS
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
@@ -140,8 +147,9 @@ def _grouped_rnn_backward_kernel(
     if grad_c_last_ptr is not None:
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
 
-    # Gates that are made again are made one turn ahead, beside the chain from ∂h to ∂h and not in it: step s works on
-    # what the turn before prepared. The first turn only prepares: its step has no gradient and a forget gate of 1.
+    # Gates are recomputed one iteration early, off the critical path from ∂h to ∂h: step s works on what the iteration
+    # before prepared. The first iteration only prepares: its step has zero gradients and a g1 (z or
+    # forget gate) of 1.
     last = length - 1
     if RECOMPUTE:
         last = length
@@ -153,13 +161,13 @@ def _grouped_rnn_backward_kernel(
         x = tl.zeros(X_SHAPE, DTYPE)
         if LSTM:
             c_prev = tl.zeros(SHAPE, DTYPE)
-    for turn in tl.range(0, last + 1, num_stages=STAGES):
-        s = last - turn
+    for iteration in tl.range(0, last + 1, num_stages=STAGES):
+        s = last - iteration
         t = (start + s * step).to(tl.int64)
         prepared = s - 1 if RECOMPUTE else s
         t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
         t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
-        later = prepared > 0  # than the first step, whose state comes from outside
+        later = prepared > 0  # the state before the first step is h_first, not in y
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
         h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
         if h_first_ptr is not None:
@@ -167,7 +175,7 @@ def _grouped_rnn_backward_kernel(
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
             x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
-        if LSTM:  # c is c_prev of the turn before, but a value carried over two turns would end the loads' pipeline
+        if LSTM:  # c is the last iteration's c_prev, but carrying it over would end the pipelining of loads
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
             if c_first_ptr is not None:
@@ -229,12 +237,12 @@ def _grouped_rnn_backward_kernel(
                 mask=inside & mask_i & (s < length),
             )
         else:
-            store_quads(grad_sums_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
+            store_quads(grad_preactivations_ptrs + t * stride_g_t, d0, d1, d2, d3, mask & (s < length), DTYPE)
 
         if RECOMPUTE:
-            sums = input_sums(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
-            sums = state_sums(h_before, u, sums, LSTM, TRANSPOSED, PRECISION)
-            g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+            preactivations = input_preactivations(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            preactivations = state_preactivations(h_before, u, preactivations, LSTM, TRANSPOSED, PRECISION)
+            g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
             h_prev = h_before
             x = x_ahead
             if LSTM:
@@ -248,7 +256,7 @@ def _grouped_rnn_backward_kernel(
         # This tile's share of the weights' gradients: weight_ih, then weight_hh.
         ptr = partial_ptr + tile.to(tl.int64) * partial_size
         store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
-        ptr += groups * DIRECTIONS * SUMS * H * I
+        ptr += groups * DIRECTIONS * GATES * H * I
         store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
 
 
@@ -267,7 +275,7 @@ def backward(
     gates: Tensor | None,
     cell: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes; None of a None."""
+    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes, or None."""
     dtype = y.dtype
     batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
@@ -281,12 +289,12 @@ def backward(
     units, float32 = tile["PACK"] * tile["UNITS"], dtype == torch.float32
     config = at_least(table.time_loop(units, lstm, True, fused, float32, h_first is not None))
     tiles = cdiv(batch, config["BLOCK_B"])
-    grad_x = grad_sums = partial = None
+    grad_x = grad_preactivations = partial = None
     if fused:
         grad_x = x.new_empty(directions, batch, length, groups * inputs)
         partial = x.new_empty(tiles, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
     else:
-        grad_sums = torch.empty_like(gates)
+        grad_preactivations = torch.empty_like(gates)
     grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
     grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
     launch(
@@ -306,7 +314,7 @@ def backward(
         cell_ptr=cell,
         y_ptr=y,
         grad_x_ptr=grad_x,
-        grad_sums_words_ptr=None if grad_sums is None else grad_sums.view(torch.int64),
+        grad_preactivations_words_ptr=None if grad_preactivations is None else grad_preactivations.view(torch.int64),
         partial_ptr=partial,
         grad_h_first_ptr=grad_h_first,
         grad_c_first_ptr=grad_c_first,
@@ -328,11 +336,11 @@ def backward(
         sum_rows(partial, grads)
     else:
         weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
-        rows = torch.bmm(grad_sums.view(groups, batch * length, -1), weight)  # (G, B·T, I)
+        rows = torch.bmm(grad_preactivations.view(groups, batch * length, -1), weight)  # (G, B·T, I)
         grad_x = rows.transpose(0, 1).reshape(x.shape).to(x.dtype)
-        weight_gradients(x, y, h_first, grad_sums, *grads, precision_of(x, dtype)["PRECISION"])
+        weight_gradients(x, y, h_first, grad_preactivations, *grads, precision_of(x, dtype)["PRECISION"])
         if bias_ih is not None:
-            quads = grad_sums.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
+            quads = grad_preactivations.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
             of_gates = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
             grad_biases = [g.reshape(b.shape).to(b.dtype) for g, b in zip(of_gates, (bias_ih, bias_hh), strict=True)]
     grad_states = [

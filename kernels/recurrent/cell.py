@@ -1,9 +1,10 @@
-"""What the recurrent kernels are made of: packed weight tiles, products in either orientation, gates.
+"""Parts of the recurrent kernels: packed weight tiles, products in either orientation, gates.
 
-A tile packs groups side by side, each with its H hidden units rounded up to UNITS, so that small groups still fill a
-tensor core's tile: its weights are block-diagonal, and the blocks off the diagonal are zeros that are never read.
-Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four sums a unit and step,
-because a GRU's n keeps `U_n h + c_n` apart: that is its sum 3. A GRU's tuples of four weights repeat the third.
+A tile packs groups side by side, each with its H hidden units padded to UNITS (and I inputs to FANS), so that small
+groups still fill a tensor core's tile: its weights are block-diagonal, with zeros off the diagonal that are never read.
+Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four preactivations per unit
+and step, because a GRU's n needs `U_n h + c_n` (c_n the bias) apart from W_n x: that is its number 3. A GRU's tuples of
+four weights repeat the third.
 
 TRANSPOSED tiles have the batch in columns: the weights are then the first operand of a product, and 8 rows of batch
 fill a tensor core's instruction instead of 16.
@@ -17,7 +18,7 @@ from fastblocks.kernels.runtime import tl, triton
 
 @triton.jit
 def tanh(x, ACTIVATION: tl.constexpr):
-    """Hardware: one instruction, relative error 2^-11. Fast: absolute error 2^-23. Exact: relative error 2^-22."""
+    """Hardware: one instruction, relative error 2^-11; fast: absolute error 2^-23; exact: relative error 2^-22."""
     if ACTIVATION == "hardware":
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     # exp(-2|x|) is in (0, 1], so nothing overflows; a quotient of exp(2x) is NaN from 45 on.
@@ -38,23 +39,23 @@ def tanh(x, ACTIVATION: tl.constexpr):
 def sigmoid(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "hardware":
         return 0.5 * tanh(0.5 * x, ACTIVATION) + 0.5
-    # What tl.exp(-x) becomes anyway, in one product: LLVM aborts in vectorizing the negations (Triton 3.9, sm_90).
+    # exp(-x) as the compiler would lower it, but in one product: LLVM aborts vectorizing negations (Triton 3.9, sm_90).
     return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))  # where exp2 overflows to infinity, 0 is right
 
 
 @triton.jit
-def activate(sums, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The four sums of a step to what is kept of it: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
-    gate0 = sigmoid(sums[0], ACTIVATION)
-    gate1 = sigmoid(sums[1], ACTIVATION)
+def activate(preactivations, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
+    """From a step's four preactivations to what is kept: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
+    gate0 = sigmoid(preactivations[0], ACTIVATION)
+    gate1 = sigmoid(preactivations[1], ACTIVATION)
     if LSTM:
-        return gate0, gate1, tanh(sums[2], ACTIVATION), sigmoid(sums[3], ACTIVATION)
-    return gate0, gate1, tanh(sums[2] + gate0 * sums[3], ACTIVATION), sums[3]
+        return gate0, gate1, tanh(preactivations[2], ACTIVATION), sigmoid(preactivations[3], ACTIVATION)
+    return gate0, gate1, tanh(preactivations[2] + gate0 * preactivations[3], ACTIVATION), preactivations[3]
 
 
 @triton.jit
 def across(vector, ROWS: tl.constexpr):
-    """[N] as [N, 1], or as [1, N]."""
+    """[N] as [N, 1] if ROWS, else as [1, N]."""
     if ROWS:
         return vector[:, None]
     else:
@@ -63,22 +64,22 @@ def across(vector, ROWS: tl.constexpr):
 
 @triton.jit
 def weight_index(
-    first, offs_u, offs_k, H, UNITS, K, FANS, SUMS: tl.constexpr, UNITS_FIRST: tl.constexpr
+    first, offs_u, offs_k, H, UNITS, K, FANS, GATES: tl.constexpr, UNITS_FIRST: tl.constexpr
 ):  # fmt: skip
-    """Offsets into (N·G, SUMS·H, K), and their mask; `first` is the tile's first n·G + g."""
+    """Offsets into (N·G, GATES·H, K), and their mask; `first` is direction · G + group of the tile's first group."""
     u = across(offs_u, UNITS_FIRST)
     k = across(offs_k, not UNITS_FIRST)
     mask = (u // UNITS == k // FANS) & (u % UNITS < H) & (k % FANS < K)
-    return ((first + u // UNITS) * (SUMS * H) + u % UNITS) * K + k % FANS, mask
+    return ((first + u // UNITS) * (GATES * H) + u % UNITS) * K + k % FANS, mask
 
 
 @triton.jit
 def load_weights(
     ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """The tiles of all gates, block-diagonal: [units, k], or [k, units]."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, UNITS_FIRST)
+    """The weight tiles of all gates, block-diagonal: [units, k] if UNITS_FIRST, else [k, units]."""
+    GATES: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, UNITS_FIRST)
     w0 = round_to(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
     w1 = round_to(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
     w2 = round_to(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
@@ -92,14 +93,14 @@ def load_weights(
 def load_biases(
     bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
-    """What the four sums start from; zeros where there are no biases."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
+    """The bias of each of the four preactivations; zeros where there are no biases."""
+    GATES: tl.constexpr = 4 if LSTM else 3
     unit = across(offs_u, TRANSPOSED)
     if bias_ih_ptr is None:
         b0 = tl.zeros(unit.shape, tl.float32)
         return b0, b0, b0, b0
     else:
-        index = (first + unit // UNITS) * (SUMS * H) + unit % UNITS
+        index = (first + unit // UNITS) * (GATES * H) + unit % UNITS
         mask = unit % UNITS < H
         b0 = load_float(bias_ih_ptr + index, mask) + load_float(bias_hh_ptr + index, mask)
         b1 = load_float(bias_ih_ptr + index + H, mask) + load_float(bias_hh_ptr + index + H, mask)
@@ -118,7 +119,7 @@ def load_float(ptrs, mask):
 
 @triton.jit
 def load_padded(ptrs, mask, PADDED: tl.constexpr):
-    """Without padding no mask is kept, so that the load is as wide as it can be."""
+    """Load without a mask where there is no padding, so that the load is as wide as possible."""
     if PADDED:
         return tl.load(ptrs, mask=mask, other=0.0)
     else:
@@ -127,7 +128,7 @@ def load_padded(ptrs, mask, PADDED: tl.constexpr):
 
 @triton.jit
 def load_quads(ptrs, mask, PADDED: tl.constexpr, DTYPE: tl.constexpr):
-    """A unit's four values side by side, as words of 64 bits: a step then moves one tile, not four."""
+    """Load each unit's four adjacent values as one 64-bit word (float32: two): one tile per step, not four."""
     low = load_padded(ptrs, mask, PADDED)
     if DTYPE == tl.float32:
         return low, load_padded(ptrs + 1, mask, PADDED)
@@ -173,28 +174,28 @@ def store_quads(ptrs, v0, v1, v2, v3, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def product(activations, weights, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + activations · weights; transposed: sums + weights · activations."""
+def product(activations, weights, accumulator, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + activations · weights; transposed: accumulator + weights · activations."""
     if TRANSPOSED:
-        return dot(weights, activations, PRECISION, sums)
+        return dot(weights, activations, PRECISION, accumulator)
     else:
-        return dot(activations, weights, PRECISION, sums)
+        return dot(activations, weights, PRECISION, accumulator)
 
 
 @triton.jit
-def outer_product(left, right, sums, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """sums + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
+def outer_product(left, right, accumulator, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
+    """accumulator + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
     if TRANSPOSED:
-        return dot(left, tl.trans(right), PRECISION, sums)
+        return dot(left, tl.trans(right), PRECISION, accumulator)
     else:
-        return dot(tl.trans(left), right, PRECISION, sums)
+        return dot(tl.trans(left), right, PRECISION, accumulator)
 
 
 @triton.jit
-def input_sums(
+def input_preactivations(
     x, weights, SHAPE: tl.constexpr, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """What a step's input adds to the sums; to a GRU's sum 3 nothing."""
+    """W x of a step: the input's part of the preactivations, zero for a GRU's number 3."""
     nothing = tl.zeros(SHAPE, tl.float32)
     s0 = product(x, weights[0], nothing, TRANSPOSED, PRECISION)
     s1 = product(x, weights[1], nothing, TRANSPOSED, PRECISION)
@@ -206,22 +207,24 @@ def input_sums(
 
 
 @triton.jit
-def state_sums(h, weights, sums, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """The sums with what the hidden state adds to them."""
-    s0 = product(h, weights[0], sums[0], TRANSPOSED, PRECISION)
-    s1 = product(h, weights[1], sums[1], TRANSPOSED, PRECISION)
+def state_preactivations(
+    h, weights, preactivations, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """The preactivations plus U h, the hidden state's part."""
+    s0 = product(h, weights[0], preactivations[0], TRANSPOSED, PRECISION)
+    s1 = product(h, weights[1], preactivations[1], TRANSPOSED, PRECISION)
     if LSTM:
-        s2 = product(h, weights[2], sums[2], TRANSPOSED, PRECISION)
-        return s0, s1, s2, product(h, weights[3], sums[3], TRANSPOSED, PRECISION)
+        s2 = product(h, weights[2], preactivations[2], TRANSPOSED, PRECISION)
+        return s0, s1, s2, product(h, weights[3], preactivations[3], TRANSPOSED, PRECISION)
     else:
-        return s0, s1, sums[2], product(h, weights[2], sums[3], TRANSPOSED, PRECISION)
+        return s0, s1, preactivations[2], product(h, weights[2], preactivations[3], TRANSPOSED, PRECISION)
 
 
 @triton.jit
 def store_weights(ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, tiles):
-    """The blocks of the diagonal of [k, units] tiles, gate by gate."""
-    SUMS: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, SUMS, False)
+    """Store the diagonal blocks of [k, units] tiles, gate by gate."""
+    GATES: tl.constexpr = 4 if LSTM else 3
+    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, False)
     tl.store(ptr + index, tiles[0], mask=mask)
     tl.store(ptr + index + H * K, tiles[1], mask=mask)
     tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)

@@ -3,19 +3,19 @@
 from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 
-# Recurrences. `units` is the tile's width, a power of two from 16 on; `fused` says that the input's projection and all
-# gradients are made inside the time loop. Nothing here was timed: every entry is a prediction, made from the code that
-# Triton 3.7 emits for sm_90 (GRU, bfloat16), by the rule that a lone program waits for its own chain of instructions.
+# Time loops. `units` is the tile's width, a power of two from 16 on; `fused`: the input's projection and all gradients
+# are computed inside the time loop. Nothing here was timed: every entry is a prediction from the code that Triton 3.7
+# emits for sm_90 (GRU, bfloat16), assuming that the latency of a step's chain of dependent instructions is what counts.
 #
 # Products of 16 bits run transposed, weights · h with the batch in columns: an instruction takes 8 columns, so 8 rows
 # of batch halve the work on the chain (units 16: 12 MUFU and 110 instructions a step; 16 rows of batch in rows: 24 and
-# 166), twice as many programs fill twice as many multiprocessors, and at one warp h reaches its next product by two
-# shuffles, without shared memory. A warp takes 16 units of a gate, so the layouts of sums, gates and state agree.
+# 166), twice as many programs fill twice as many SMs, and at one warp h reaches its next product by two
+# shuffles, without shared memory. A warp takes 16 units of a gate: preactivations, gates and state share a layout.
 FORWARD = {
     16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
-    32: config(1, 3, BLOCK_B=8, TRANSPOSED=1),  # 80 registers; a second warp would need a barrier a step
+    32: config(1, 3, BLOCK_B=8, TRANSPOSED=1),  # 80 registers per thread; a second warp would need a barrier per step
     64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
-    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program a multiprocessor
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program per SM
 }
 BACKWARD = {
     16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
@@ -27,23 +27,23 @@ BACKWARD = {
 BACKWARD_STATE_128 = config(8, 2, BLOCK_B=8, TRANSPOSED=1)
 # By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
 BACKWARD_FUSED = {
-    (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers, two groups of 8 units 254
+    (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers per thread, with two groups of 8 units 254
     (16, True): config(4, 2, BLOCK_B=16, TRANSPOSED=1),  # two warps spill 8 bytes on sm_80 with two groups of 8 units
-    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would repeat two others
+    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would duplicate the others
     (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0),
 }
-# Honest float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed
-# they take a third to a quarter of the loads. Warps are as many as keep the sums in registers.
+# IEEE float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed they
+# take a third to a quarter of the loads. As many warps as keep the accumulators in registers.
 FLOAT32 = {
     16: config(4, 2, BLOCK_B=8, TRANSPOSED=0),  # one warp spills with two groups of 16 inputs
     32: config(4, 2, BLOCK_B=8, TRANSPOSED=0),
     64: config(8, 2, BLOCK_B=8, TRANSPOSED=0),
 }
-FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers
+FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers per thread
 
 
 def time_loop(units: int, lstm: bool, backward: bool, fused: bool, float32: bool, state: bool = False) -> LaunchConfig:
-    """A time loop's configuration; `state`: it starts from a state that is given."""
+    """A time loop's configuration; `state`: it starts from a given state."""
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
     if backward:
@@ -53,7 +53,7 @@ def time_loop(units: int, lstm: bool, backward: bool, fused: bool, float32: bool
     return FORWARD[units]
 
 
-# Bytes of shared memory of the hungriest kernel, an LSTM's backward, by units, as Triton 3.7 reports them.
+# Bytes of shared memory of the kernel that needs most, an LSTM's backward, by units, as Triton 3.7 reports them.
 SHARED, SHARED_FLOAT32 = {32: 45056, 64: 51200, 128: 155648}, {32: 39936, 64: 90112}
 
 
@@ -63,9 +63,9 @@ def largest_hidden(architecture: str, float32: bool) -> int:
     return max(units for units, size in (SHARED_FLOAT32 if float32 else SHARED).items() if size <= room)
 
 
-# Gradients of the weights as one long product: 64 × 64 results a program keep 4 warps' sums in 32 registers.
+# Gradients of the weights as one long product: 64 × 64 results per program are 32 accumulators per thread in 4 warps.
 WEIGHTS = config(4, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)
-# A first state is a second operand beside the first: in float32 4 warps spill 336 bytes a thread there.
+# With a first state a tile has two sources, y and h_first: in float32 4 warps spill 336 bytes per thread.
 WEIGHTS_FLOAT32 = config(8, 3, BLOCK_M=32, BLOCK_N=64, BLOCK_K=64)
 
 

@@ -1,4 +1,4 @@
-"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. `operator` tells the whole story."""
+"""The forward pass of grouped GRUs and LSTMs: its kernel and its launch. Formulas: `operator`."""
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
@@ -14,32 +14,34 @@ from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
-    input_sums,
+    input_preactivations,
     load_biases,
     load_float,
     load_padded,
     load_quads,
     load_weights,
-    state_sums,
+    state_preactivations,
     store_quads,
     tanh,
     unpack,
 )
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
-# Up to here (16 bits; float32), and without biases, the projection of x and all gradients are made inside the time
-# loop: the sums of the weights' gradients fit its registers, and no gate or gradient of one travels through memory.
-# Biases and the sums of their gradients are what an LSTM of 16 units has no registers left for.
+# Largest I and H (16 bits; float32) for which, without biases, the projection of x and all gradients are computed in
+# the time loop: the weights' gradients accumulate in registers, and neither gates nor their gradients go through
+# memory. Biases are excluded because an LSTM of 16 units has no registers left for them and the sums of their
+# gradients.
 FUSED_LIMIT, FUSED_LIMIT_FLOAT32 = 32, 16
 
-# Columns of the smallest product: Triton before 3.6 takes 16.
+# Fewest columns of a tl.dot: Triton before 3.6 takes 16.
 LEAST_COLUMNS = 8 if runtime.VERSION >= (3, 6) else 16
 
-# One instruction, `tanh.approx`, good to 11 bits: enough for bfloat16, too little for float16. Inline PTX, which
-# tools that execute Triton's IR do not know: they may ask for the formula instead.
+# One instruction, `tanh.approx`, good to 11 bits: enough for bfloat16, too little for float16. It is inline
+# PTX: tools that execute Triton's IR cannot run it and may set this to False.
 HARDWARE_TANH = True
 
-# What the forward pass keeps for the backward one.
+# What the forward pass keeps for backward besides x and y: nothing; a fused LSTM's cells; the gates, and an LSTM's
+# cells.
 KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
 
 
@@ -75,8 +77,15 @@ def _grouped_rnn_forward_kernel(
     TRANSPOSED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
+    UNITS, and I inputs, padded to FANS.
+
+    gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two). Unless FUSED it holds W x;
+    with KEEP it is filled with the gates, in place. cell_ptr: (G, B·T, N, H) or None. STAGES: of the time loop's
+    pipeline.
+    """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
-    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # of 64 bits, for four values
+    WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
     SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
@@ -87,7 +96,7 @@ def _grouped_rnn_forward_kernel(
 
     offs_b = tl.program_id(0) // (packs * DIRECTIONS) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_u = tl.arange(0, PACK * UNITS)
-    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row once more
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row again
     unit = across(offs_u % UNITS, TRANSPOSED)
     member = group + across(offs_u // UNITS, TRANSPOSED)
     mask_u = unit < H
@@ -121,12 +130,12 @@ def _grouped_rnn_forward_kernel(
         if LSTM:
             c = load_float(c_first_ptr + state_index, mask)
 
-    # The chain from h to h is U h, the gates and the update: what step s + 1 takes from its input is made (or, where
-    # the projection is a product of its own, loaded) during step s.
+    # The critical path from h to h is U h, the gates and the update: W x of step s + 1 is computed (or, unless FUSED,
+    # loaded) during step s.
     t = start.to(tl.int64)
     if FUSED:
         x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
-        s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     rounded = round_to(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
@@ -140,8 +149,8 @@ def _grouped_rnn_forward_kernel(
             s1 += biases[1]
             s2 += biases[2]
             s3 += biases[3]
-        sums = state_sums(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
-        g0, g1, g2, g3 = activate(sums, LSTM, ACTIVATION)
+        preactivations = state_preactivations(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+        g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
         if LSTM:
             c = g1 * c + g0 * g2
             h = g3 * tanh(c, ACTIVATION)
@@ -154,7 +163,7 @@ def _grouped_rnn_forward_kernel(
         if cell_ptr is not None:
             tl.store(cell_ptrs + t * stride_c_t, round_to(c, DTYPE), mask=mask)
         if FUSED:
-            s0, s1, s2, s3 = input_sums(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+            s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
         tl.store(c_last_ptr + state_index, round_to(c, DTYPE), mask=mask)
@@ -163,10 +172,10 @@ def _grouped_rnn_forward_kernel(
 @cache
 def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     """How groups are packed: as many as fill 16 units (the least a tensor core takes) and divide G, but not past
-    FUSED_LIMIT inputs: 4 groups of 32 spilled 3.4 KB a thread in backward."""
+    FUSED_LIMIT inputs: 4 groups of 32 spilled 3.4 KB per thread in backward."""
     pack = 1
     width, depth = power_of_two(hidden), power_of_two(inputs)
-    most = FUSED_LIMIT if inputs <= FUSED_LIMIT else depth * groups  # past the limit no tile holds inputs
+    most = FUSED_LIMIT if inputs <= FUSED_LIMIT else depth * groups  # past the limit x is not in a tile
     while 2 * pack * width <= 16 and groups % (2 * pack) == 0 and 2 * pack * depth <= most:
         pack *= 2
     least = 16 // pack
@@ -197,7 +206,7 @@ def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
 
 
 def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
-    """(G, I, N·H·4): a unit's four rows side by side; a GRU's fourth, `U_n h`, takes nothing from x."""
+    """weight_ih as (G, I, N·H·4), a unit's four gates adjacent; a GRU's fourth, `U_n h`, takes nothing from x."""
     directions, groups, rows, inputs = weight_ih.shape
     weight = weight_ih.to(dtype).view(directions, groups, rows // hidden, hidden, inputs).permute(1, 4, 0, 3, 2)
     if rows == 3 * hidden:
@@ -206,20 +215,20 @@ def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """(G, B·T, N·H·4): the inputs' part of the sums of all steps, one batched product."""
+    """Fills out (G, B·T, N·H·4) with W x, the inputs' part of all steps' preactivations, in one batched product."""
     groups, inputs, _ = weight.shape
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
 def at_least(config: LaunchConfig) -> LaunchConfig:
-    """The configuration with as many rows of batch as this Triton takes."""
+    """The configuration with BLOCK_B raised to the least that this Triton takes."""
     return config if config["BLOCK_B"] >= LEAST_COLUMNS else config.with_(BLOCK_B=LEAST_COLUMNS)
 
 
 def outputs(
     x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype, keep: int
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Memory for y, the final h and c (a GRU has no c), and what is kept: gates, cell; None where there is nothing."""
+    """Allocate y, the final h and c (a GRU has no c), and what is kept: gates, cell; None where there is nothing."""
     batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
     state, cell = (directions, batch, groups * hidden), (groups, batch * length, directions, hidden)
     return (

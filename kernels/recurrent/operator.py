@@ -4,24 +4,25 @@
     LSTM   i, f, o = σ(W x + U h)   g = tanh(W_g x + U_g h)   c' = f · c + i · g   h' = o · tanh(c')
 
 Layouts: x (B, T, G·I), weight_ih (N, G, S·H, I), weight_hh (N, G, S·H, H), biases (N, G, S·H), states (N, B, G·H),
-y (B, T, G·N·H); S = 3 or 4, N directions, all contiguous (others are copied). A program takes 8 or 16 rows of batch,
-one tile of groups and one direction; programs do not talk to each other. U stays on the chip; h and c stay float32
-through time, and h is rounded only for its product and for y. B and T are not compiled in.
+y (B, T, G·N·H); S = 3 or 4 gates, N directions, all contiguous (others are copied). A program takes 8 or 16 rows of
+batch, one tile of groups and one direction; programs are independent. U stays on the chip; h and c stay float32
+through time, and h is rounded only for its product and for y. New values of B and T do not recompile.
 
 Dtypes: everything is computed from x and weights rounded to `dtype`, which y and the final states are stored in: x's
-dtype, or under autocast its dtype (float32 inputs are then rounded inside the kernel). Gradients have their input's.
+dtype, or under autocast its dtype (float32 inputs are then rounded inside the kernel). Gradients have their input's
+dtype.
 
 Two ways, by size (`forward.FUSED_LIMIT`). Bytes and FLOPs are a layer's, in 16 bits, M = B·T·G·N:
-- **Fused** (I, H ≤ 32, no biases): the loop also multiplies W x, and backward also sums ∂W, ∂U and makes ∂x. Forward
+- **Fused** (I, H ≤ 32, no biases): the loop also multiplies W x, and backward also sums ∂W, ∂U and ∂x. Forward
   reads x and writes y: 2·M·(I + H) bytes, 2·M·S·H·(I + H) FLOPs. Backward reads x, y, ∂y and writes ∂x: 4·M·(I + H)
-  bytes; it makes the gates again: three times the forward's FLOPs. Kept: only x and y; an LSTM's cells, 2·M·H bytes.
-- **Apart**: one batched product makes W x of all steps (four values a unit side by side, one word of 64 bits a step),
-  the loop reads it and writes the gates in its place, 2·8·M·H bytes; backward reads them and writes the sums' gradients
-  in the same layout, from which a batched product makes ∂x, and `weights` ∂W and ∂U. Kept: the gates,
-  8·M·H bytes, which are in memory anyway; an LSTM's cells, 2·M·H.
+  bytes; it recomputes the gates: three times the forward's FLOPs. Kept: only x and y; an LSTM's cells, 2·M·H bytes.
+- **Not fused**: one batched product computes W x of all steps (a unit's four values of a step are one 64-bit word),
+  the loop reads it and writes the gates in its place, 2·8·M·H bytes; backward reads them and writes the preactivations'
+  gradients in the same layout, from which a batched product computes ∂x, and a kernel in `weights` ∂W and ∂U. Kept: the
+  gates, 8·M·H bytes, which are in memory anyway; an LSTM's cells, 2·M·H.
 
-`keep_gates` overrules what is kept: True keeps the gates in the fused way too, False drops them in the other, where
-backward then runs forward once more. Sums over tiles or slices are added in a fixed order: equal bits every time.
+`keep_gates` overrules what is kept: True keeps the gates when fused, too; False drops them when not, and
+backward then runs forward again. Sums over tiles or slices are added in a fixed order: equal bits every time.
 """
 
 import torch
@@ -95,7 +96,7 @@ def grouped_lstm(
 
 
 def _what_is_kept(fused: bool, keep_gates: bool | None, keep: bool) -> int:
-    """By bytes: the gates are kept only where they are in memory anyway, unless the caller says otherwise."""
+    """The gates are kept only where they are in memory anyway, unless the caller says otherwise."""
     if not keep:
         return KEEP_NOTHING
     return KEEP_GATES if (not fused if keep_gates is None else keep_gates) else KEEP_LITTLE

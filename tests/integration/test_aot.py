@@ -31,8 +31,8 @@ def run_python(*arguments):
 @pytest.mark.parametrize(
     ("case", "architecture"),
     [
-        ("att-freq fp32 tf32: whole_backward", "90"),  # Triton had no shared layout for a rotated operand on sm_90
-        ("att-forty fp32: whole_backward", "90"),  # spilled 624 bytes a thread
+        ("att-freq fp32 tf32: short_backward", "90"),  # Triton had no shared layout for a rotated operand on sm_90
+        ("att-forty fp32: short_backward", "90"),  # spilled 624 bytes a thread
         ("rnn-freq LSTM fp32: grouped_rnn_forward", "90"),  # LLVM aborted in Triton 3.9
         (
             "rnn-packed GRU bf16 with a state: grouped_rnn_backward",
@@ -168,7 +168,7 @@ def test_both_families_read_tf32_in_one_place(monkeypatch):
     qkv = torch.zeros(1, 4, 48)
     for allowed, precision in ((True, "tf32"), (False, "ieee")):
         monkeypatch.setattr(runtime, "allows_tf32", lambda allowed=allowed: allowed)
-        assert plan_of(qkv, 1, -1, None, False).configs["whole_forward"]["PRECISION"] == precision
+        assert plan_of(qkv, 1, -1, None, False).configs["short_forward"]["PRECISION"] == precision
         assert precision_of(qkv, torch.float32)["PRECISION"] == precision
         assert precision_of(qkv, torch.bfloat16)["PRECISION"] == "ieee"
 

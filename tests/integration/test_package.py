@@ -293,7 +293,7 @@ def test_kernels_import_no_module():
 
 
 def test_one_reader_of_the_environment():
-    readers = [path.name for path in FILES if "environ" in path.read_text() or "getenv" in path.read_text()]
+    readers = [path.name for path in FILES if "os.environ" in path.read_text() or "getenv" in path.read_text()]
     assert readers == ["backend.py"]
 
 

@@ -75,7 +75,7 @@ def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=Fals
 def blocks(monkeypatch):
     """Short sequences through the kernels for long ones, with a pass that rotates and several chunks where they may."""
     monkeypatch.setattr(config, "is_short", lambda *_: False)
-    monkeypatch.setattr(config, "CHUNK", 64)
+    monkeypatch.setattr(config, "SPLIT", 64)
     monkeypatch.setattr(config, "ROTATE_FROM", 128)
     config._plan.cache_clear()
     yield
@@ -105,7 +105,7 @@ def small_blocks(request, blocks, monkeypatch):
     original = config.launch_config
 
     def launch_config(kernel, *arguments):
-        if kernel in ("blocks_forward", "grad_query", "grad_key"):
+        if kernel in ("long_forward", "grad_query", "grad_key"):
             return launch.config(4, 1, BLOCK_M=block_m, BLOCK_N=block_n)
         return original(kernel, *arguments)
 
@@ -298,9 +298,9 @@ def test_a_rope_table_that_is_learned_gets_its_gradient(device):
 
 def test_two_tiles_hold_the_keys():
     for rows in range(1, 400):
-        a, b = config.whole_tiles(rows)
+        a, b = config.key_tiles(rows)
         assert a + b >= rows and a <= config.tile(rows) and a + b <= config.tile(rows)
-    assert config.whole_tiles(282) == (256, 32) and config.whole_tiles(64) == (64, 0)
+    assert config.key_tiles(282) == (256, 32) and config.key_tiles(64) == (64, 0)
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU: larger than the interpreter can walk")

@@ -89,15 +89,24 @@ def test_a_second_launch_binds_nothing(current):
     assert grid[:3] == (3, 1, 1) and values[2:] == (9, 96, 16, 2.0, True, 64)  # all arguments, in the kernel's order
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"n": 1}, {"n": 16}, {"stride": 47}, {"n": 2**31}, {"batch": 2**31}, {"FLAG": False}, {"x_ptr": None},
-        {"x_ptr": on_gpu(address=8)}, {"y_ptr": on_gpu(dtype=torch.bfloat16)}, {"chosen": config(8, 2, BLOCK=64)},
-        {"chosen": config(4, 3, BLOCK=64)}, {"chosen": config(4, 2, BLOCK=32)}, {"like": on_gpu(1)},
-    ],
-    ids=str,
-)  # fmt: skip
+CHANGES = {
+    "an integer of 1": {"n": 1},
+    "a multiple of 16": {"n": 16},
+    "no multiple of 16": {"stride": 47},
+    "64 bits": {"n": 2**31},
+    "64 bits, not specialised": {"batch": 2**31},
+    "a constant": {"FLAG": False},
+    "no pointer": {"x_ptr": None},
+    "alignment": {"x_ptr": on_gpu(address=8)},
+    "dtype": {"y_ptr": on_gpu(dtype=torch.bfloat16)},
+    "warps": {"chosen": config(8, 2, BLOCK=64)},
+    "stages": {"chosen": config(4, 3, BLOCK=64)},
+    "tile": {"chosen": config(4, 2, BLOCK=32)},
+    "device": {"like": on_gpu(1)},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_what_triton_specialises_on_is_compiled_again(current, changes):
     kernel = Kernel()
     call(kernel)

@@ -112,7 +112,7 @@ def test_many_partial_sums(dtype, way, device, poison, monkeypatch):
     """As on a large GPU: more slabs than the kernel that adds them up takes at a time."""
     from fastblocks.kernels import runtime
 
-    monkeypatch.setattr(runtime, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(runtime, "sm_count", lambda device: 132)
     check(make((40, (14,), 7, 28, 7), device), dtype)
 
 

@@ -235,3 +235,35 @@ def test_the_public_functions_run_on_operators(device):
     with use_backend("triton"):
         y = functional.rope_attention(qkv, functional.rope_table(6, 8).to(device), 2)
     assert "rope_attention" in y.grad_fn.name()
+
+
+def large(name):
+    """Arguments on the meta device with a batch that no second or third dimension of a grid takes."""
+    batch, sizes = 70000, {
+        "rope_attention": lambda b: (empty(b, 40, 48), empty(40, 4, 2), 2, -1, None, False),
+        "grouped_rnn": lambda b: (
+            empty(b, 3, 80), empty(1, 2, 24, 40), empty(1, 2, 24, 8), *[None] * 4, torch.float32, None,
+        ),
+        "depthwise_conv_layer_norm": lambda b: (
+            empty(b, 8, 9), empty(8, 1, 3), empty(8), empty(8), empty(8), [1], False, [9], 1e-6, torch.float32,
+        ),
+        "convnext_mlp": lambda b: (
+            empty(b, 5, 8), empty(32, 8), empty(32), empty(8, 32), empty(8), empty(b, 8, 5), torch.float32,
+        ),
+    }  # fmt: skip
+    return sizes[name](batch)
+
+
+def empty(*sizes):
+    return torch.empty(sizes, device="meta")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_batch_is_too_large_for_a_grid(name, monkeypatch):
+    """CUDA takes 2^31 - 1 programs in the first dimension of a grid, 65535 in the others."""
+    from fastblocks.kernels import launch
+
+    grids = []
+    monkeypatch.setattr(launch, "_listener", lambda kernel, grid, config, arguments: grids.append(grid))
+    OPERATORS[name].rehearse(*large(name))
+    assert len(grids) > 1 and all(grid[0] < 2**31 and max((0, *grid[1:])) < 65536 for grid in grids), grids

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastblocks
+from fastblocks import functional
 from fastblocks.generator.RNNBlock import GroupedRNN
-from tests.compare import assert_close, relative_error
+from tests.compare import assert_as_exact, assert_close, relative_error
 from tests.modules.harness import EXACT, check, randomized, tensors
 from tests.reference import blocks
 
@@ -185,3 +186,20 @@ def test_float32_error_does_not_grow_with_time(kind):
         rnn_type=kind,
     )
     assert_close(module(x)[:, -40:], want[:, -40:], 64)
+
+
+def test_a_long_sum_of_weight_gradients_is_as_exact_as_the_library_s():
+    """4096 steps of one sign: summed in one product they lose a digit."""
+    from tests.reference import recurrent as reference
+
+    x, grad = torch.rand(64, 64, 16), torch.rand(64, 64, 16)
+    weights = [torch.randn(1, 2, 24, 8) / 3 for _ in range(2)]
+    found = []
+    for function, dtype in ((functional.grouped_gru, torch.float32), (reference.library, torch.float32),
+                            (reference.library, torch.float64)):  # fmt: skip
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, *weights)]
+        extra = (None,) * 4 if function is reference.library else ()
+        y = function(*leaves, *extra)[0]
+        found.append(torch.autograd.grad(y, leaves, grad.to(dtype)))
+    for what, ours, theirs, exact in zip(("x", "weight_ih", "weight_hh"), *found, strict=True):
+        assert_as_exact(ours, theirs, exact, what)
