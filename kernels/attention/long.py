@@ -37,9 +37,9 @@ def _rotate_kernel(
     times. grid (B · 2H · blocks of tokens,), blocks fastest."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start = (tl.program_id(0) % n_blocks) * BLOCK_M
-    slab = tl.program_id(0) // n_blocks
-    b = (slab // (2 * n_head)).to(tl.int64)
-    h = slab % (2 * n_head)
+    pid_bh = tl.program_id(0) // n_blocks
+    b = (pid_bh // (2 * n_head)).to(tl.int64)
+    h = pid_bh % (2 * n_head)
     stride_out = 2 * n_head * HEAD_DIM
     offs = tl.arange(0, BLOCK_M)
     left = n_tokens - start
@@ -122,9 +122,9 @@ def _long_forward_kernel(
     """
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     start_m = (tl.program_id(0) % n_blocks) * BLOCK_M
-    slab = tl.program_id(0) // n_blocks
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_blocks
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -170,7 +170,7 @@ def _long_forward_kernel(
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
-        lse_ptr += slab.to(tl.int64) * n_tokens
+        lse_ptr += pid_bh.to(tl.int64) * n_tokens
         tl.store(lse_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
 
 
@@ -189,9 +189,9 @@ def _grad_query_kernel(
     n_blocks = tl.cdiv(n_tokens, BLOCK_M)
     block = tl.program_id(0) % n_blocks
     start_m = block * BLOCK_M
-    slab = tl.program_id(0) // n_blocks
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_blocks
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -210,8 +210,8 @@ def _grad_query_kernel(
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + slab.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
-    lse_ptr += slab.to(tl.int64) * n_tokens
+    tl.store(delta_ptr + pid_bh.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
+    lse_ptr += pid_bh.to(tl.int64) * n_tokens
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
@@ -327,15 +327,15 @@ def _grad_key_kernel(
     grid (B·H·blocks of keys,), blocks fastest."""
     n_blocks = tl.cdiv(n_tokens, BLOCK_N)
     block = tl.program_id(0) % n_blocks
-    slab = tl.program_id(0) // n_blocks
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_blocks
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
     grad_out_ptr += b * stride_grad_b + h * HEAD_DIM
-    lse_ptr += slab.to(tl.int64) * n_tokens
-    delta_ptr += slab.to(tl.int64) * n_tokens
+    lse_ptr += pid_bh.to(tl.int64) * n_tokens
+    delta_ptr += pid_bh.to(tl.int64) * n_tokens
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -353,7 +353,7 @@ def _grad_key_kernel(
             register_ptr + b * stride_register_b + h * HEAD_DIM, rope_ptr,
             register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
             grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
-            register_lse_ptr + slab.to(tl.int64) * n_registers,
+            register_lse_ptr + pid_bh.to(tl.int64) * n_registers,
             n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
         )  # fmt: skip
         dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, lse_r, dk, dv, scale, False, PRECISION)

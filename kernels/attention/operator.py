@@ -42,10 +42,10 @@ def unsupported_reason(
     if register_qkv is not None:
         if register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device:
             found = f"{register_qkv.dtype} on {register_qkv.device}"
-            return f"the registers are {found}, the tokens {qkv.dtype} on {qkv.device}"
+            return f"the register tokens are {found}, the tokens {qkv.dtype} on {qkv.device}"
         n_registers, most = register_qkv.shape[1], most_registers(head_dim)
         if n_registers > most:
-            return f"{n_registers} registers of head size {head_dim}, the kernel takes {most}"
+            return f"{n_registers} register tokens of head size {head_dim}, the kernel takes {most}"
     return ""
 
 

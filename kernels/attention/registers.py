@@ -32,9 +32,9 @@ def _register_forward_kernel(
     m, total: (B, H, splits, R); acc: (B, H, splits, R, D), all float32. grid (B·H·splits,), splits fastest.
     """
     split = tl.program_id(0) % n_splits
-    slab = tl.program_id(0) // n_splits
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_splits
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -62,7 +62,7 @@ def _register_forward_kernel(
         s = tl.where(seen, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_R, BLOCK_N]
         m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
 
-    row = (slab.to(tl.int64) * n_splits + split) * n_registers
+    row = (pid_bh.to(tl.int64) * n_splits + split) * n_registers
     tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
     tl.store(total_ptr + row + offs_r, total, mask=offs_r < n_registers)
     store_rows(acc_ptr + row * HEAD_DIM, acc, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -75,19 +75,19 @@ def _register_combine_kernel(
 ):  # fmt: skip
     """Combine the splits' partial softmaxes in order. grid (B·H·blocks of R,), blocks fastest."""
     n_blocks = tl.cdiv(n_registers, BLOCK_R)
-    slab = tl.program_id(0) // n_blocks
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_blocks
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     offs_r = (tl.program_id(0) % n_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < n_registers
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for split in range(n_splits):
-        row = (slab.to(tl.int64) * n_splits + split) * n_registers
-        m_chunk = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
-        m_new = tl.maximum(m, m_chunk)
-        shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_chunk - m_new) * scale)
+        row = (pid_bh.to(tl.int64) * n_splits + split) * n_registers
+        m_split = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
+        m_new = tl.maximum(m, m_split)
+        shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_split - m_new) * scale)
         x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D, False)
         acc = acc * shrink[:, None] + x * grow[:, None]
         total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
@@ -96,7 +96,7 @@ def _register_combine_kernel(
     register_out_ptr += b * n_registers * n_channels + h * HEAD_DIM
     store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
-        register_lse_ptr += slab.to(tl.int64) * n_registers
+        register_lse_ptr += pid_bh.to(tl.int64) * n_registers
         tl.store(register_lse_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
 
 
@@ -112,9 +112,9 @@ def _register_backward_kernel(
     """Register tokens as queries: their dq over a split of keys, to part `split` of partial (B, n_parts, R, 3C).
     Split 0 also covers their own keys and stores those dk and dv. grid (B·H·splits,), splits fastest."""
     split = tl.program_id(0) % n_splits
-    slab = tl.program_id(0) // n_splits
-    b = (slab // n_head).to(tl.int64)
-    h = slab % n_head
+    pid_bh = tl.program_id(0) // n_splits
+    b = (pid_bh // n_head).to(tl.int64)
+    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -126,7 +126,7 @@ def _register_backward_kernel(
     q, do, lse, delta = _register_queries(
         register_ptr, rope_ptr, register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
         grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
-        register_lse_ptr + slab.to(tl.int64) * n_registers,
+        register_lse_ptr + pid_bh.to(tl.int64) * n_registers,
         n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
     )  # fmt: skip
     dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)

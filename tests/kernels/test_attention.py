@@ -264,10 +264,10 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
     cases = {
         "head size is 258": make(device, 1, 4, 1, 258),
         "head size is 6": make(device, 1, 4, 1, 6),
-        "65 registers": make(device, 1, 4, 1, 8, 65),
+        "65 register tokens": make(device, 1, 4, 1, 8, 65),
     }
     qkv, rope, register_qkv = make(device, 1, 4, 1, 8, 2)
-    cases["registers are torch.bfloat16"] = (qkv, rope, register_qkv.bfloat16())
+    cases["register tokens are torch.bfloat16"] = (qkv, rope, register_qkv.bfloat16())
     cases["rope table is torch.float64"] = (qkv, rope.double(), register_qkv)
     for reason, (x, table, registers) in cases.items():
         with use_backend("triton"), backend._watch() as decisions:
