@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import quantiles
 
 import torch
@@ -12,22 +11,9 @@ Run = Callable[[], object]
 MAX_SAMPLES = 50
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of every sample."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """Lower quartile, median, upper quartile."""
-        if len(self.samples) == 1:
-            return (self.samples[0],) * 3
-        return tuple(quantiles(self.samples, n=4, method="inclusive"))
-
-    @property
-    def median(self) -> float:
-        return self.quartiles[1]
+def quartiles(samples: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else 3 * samples
 
 
 def wall_clock(run: Run) -> float:
@@ -67,8 +53,8 @@ def interleaved(
     least: int = 2,
     clock: Callable[[Run], float] = wall_clock,
     before: dict[str, Run] | None = None,
-) -> dict[str, Timing]:
-    """Time runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
+) -> dict[str, list[float]]:
+    """Seconds of runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
     always finds the memory as the same other one left it.
 
     Args:
@@ -93,7 +79,7 @@ def interleaved(
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return samples
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:

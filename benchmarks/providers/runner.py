@@ -1,7 +1,7 @@
 """One provider's instance of a workload, in the three modes that are timed: forward, backward alone, training."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from benchmarks import original
 from benchmarks.workloads.workload import Workload
+
+
+class Skipped(Exception):
+    """A provider cannot take part; the message says why."""
+
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -172,20 +177,21 @@ def load_weights(module: nn.Module, workload: Workload, seed: int) -> None:
     module.load_state_dict(workload.build(original).state_dict(), strict=True)
 
 
-def products(dtype: str) -> AbstractContextManager:
-    """float32 products as asked for: exact, or through TF32; cuDNN's default is TF32."""
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return _TF32(dtype != "fp32")
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may go through TF32; cuDNN's default is that they may.
 
-
-class _TF32:
-    def __init__(self, allowed: bool):
-        self.allowed = allowed
-
-    def __enter__(self) -> None:
-        self.previous = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.allowed
-
-    def __exit__(self, *exception) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.previous
+    A PyTorch that has the switches named `fp32_precision` raises where the old ones are read after them.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches, name, values = (cuda, cudnn.conv, cudnn.rnn), "fp32_precision", ("ieee", "tf32")
+    if not hasattr(cuda, name):
+        switches, name, values = (cuda, cudnn), "allow_tf32", (False, True)
+    before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, values[allowed])
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            setattr(switch, name, value)

@@ -174,7 +174,7 @@ import torch
 from benchmarks.aot import cases
 
 shapes = cases.random_shapes(24, seed=5)
-for operator in cases.RANDOM:
+for operator in cases.OPERATORS:
     ours = [shape for shape in shapes if shape.operator == operator]
     assert len(ours) == 6 and len(list(cases.cases_of(ours, "sm_90"))) > len(ours), operator
 products = [shape for shape in cases.random_shapes(200, seed=0) if shape.tf32]
