@@ -24,7 +24,6 @@ from benchmarks.workloads.workload import Workload
 
 HOST_CALLS = 8
 NUDGES = 3  # runs to find how far a network's error varies
-LEAST = 2  # samples of each: A B B A
 
 Row = dict[str, Any]
 
@@ -189,7 +188,7 @@ def _spread(runner: Runner, truth: list, found: list[float]) -> list[float]:
 def _time(ready: dict[str, Row], runners: dict, workload: Workload, device: torch.device, settings: Settings) -> None:
     """Fill in what is measured of those who passed."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    runs, before, more = {}, {}, {}
+    runs, more = {}, {}
     for provider, row in ready.items():
         prepare, run = (partial(part, row["mode"]) for part in (runners[provider].prepare, runners[provider].run))
         peak = host = None
@@ -202,10 +201,9 @@ def _time(ready: dict[str, Row], runners: dict, workload: Workload, device: torc
         except Exception as problem:
             row["refused"] = reason(problem)
             continue
-        runs[provider], before[provider] = run, prepare
+        runs[provider] = prepare, run
         more[provider] = {"peak_bytes": peak, "host_seconds": host}
-    times = interleaved(runs, settings.seconds, least=LEAST, clock=clock_of(device), before=before)
-    for provider, samples in times.items():
+    for provider, samples in interleaved(runs, settings.seconds, clock_of(device)).items():
         row = ready[provider]
         low, median, high = quartiles(samples)
         least = floor(row, name) if workload.step is None else None

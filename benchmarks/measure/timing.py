@@ -8,7 +8,7 @@ from statistics import quantiles
 import torch
 
 Run = Callable[[], object]
-MAX_SAMPLES = 50
+LEAST, MAX_SAMPLES = 2, 50
 
 
 def quartiles(samples: list[float]) -> list[float]:
@@ -48,21 +48,15 @@ def clock_of(device: torch.device) -> Callable[[Run], float]:
 
 
 def interleaved(
-    runs: dict[str, Run],
-    seconds: float,
-    least: int = 2,
-    clock: Callable[[Run], float] = wall_clock,
-    before: dict[str, Run] | None = None,
+    runs: dict[str, tuple[Run, Run]], seconds: float, clock: Callable[[Run], float] = wall_clock
 ) -> dict[str, list[float]]:
     """Seconds of runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
     always finds the memory as the same other one left it.
 
     Args:
-        runs: name -> what to time; each has run before.
-        seconds: to spend; at least `least` samples are taken of each.
-        least: samples.
+        runs: name -> what to do before each run, outside its time, and what to time; each has run before.
+        seconds: to spend; at least LEAST samples are taken of each.
         clock: measures one run, in seconds.
-        before: name -> what to do before each run, outside its time.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
@@ -70,11 +64,10 @@ def interleaved(
     try:
         start = time.perf_counter()
         for count in range(MAX_SAMPLES):
-            if count >= least and time.perf_counter() - start > seconds:
+            if count >= LEAST and time.perf_counter() - start > seconds:
                 break
-            for name, run in list(runs.items())[:: -1 if count % 2 else 1]:
-                if before:
-                    before[name]()
+            for name, (prepare, run) in list(runs.items())[:: -1 if count % 2 else 1]:
+                prepare()
                 samples[name].append(clock(run))
     finally:
         if collecting:

@@ -64,8 +64,8 @@ def prepare(
         "max-autotune": compiled(mode="max-autotune"),
         "flex": lambda _: flex_attention(device=device, compiler=compiler, **details),
         "liger": lambda _: liger(**details),
-        "block-diagonal": lambda layers: BlockDiagonal(layers, **details).to(device),
-        "flashrnn": lambda layers: FlashRNN(layers, **details).to(device),
+        "block-diagonal": lambda layers: BlockDiagonal(layers).to(device),
+        "flashrnn": lambda layers: FlashRNN(layers).to(device),
     }[provider]
     runner = make(original, wrap=wrap)
     if provider == "max-autotune":

@@ -55,27 +55,22 @@ def liger(kind: str) -> Callable:
 
 
 class BlockDiagonal(nn.Module):
-    """All groups as one nn.GRU or nn.LSTM, whose weights are zero between groups.
+    """All groups as one nn.GRU or nn.LSTM, whose weights are zero between groups; made from the original's layers."""
 
-    Args:
-        layers_only: a `GroupedRNN` of the original; its weights are copied.
-        channels, layers, groups, kind, both: of it.
-    """
-
-    def __init__(self, layers_only: nn.Module, channels: int, layers: int, groups: int, kind: str, both: bool):
+    def __init__(self, layers: nn.Module):
         super().__init__()
-        self.groups, self.directions = groups, 1 + both
-        hidden = channels // groups // self.directions
-        make = {"gru": nn.GRU, "lstm": nn.LSTM}[kind]
-        self.rnn = make(channels, groups * hidden, layers, bias=False, batch_first=True, bidirectional=both)
+        one, self.groups = layers.rnns[0], len(layers.rnns)
+        hidden, self.directions = one.hidden_size, 1 + one.bidirectional
+        options = {"bias": False, "batch_first": True, "bidirectional": one.bidirectional}
+        self.rnn = type(one)(self.groups * one.input_size, self.groups * hidden, one.num_layers, **options)
         with torch.no_grad():
             for name, dense in self.rnn.named_parameters():
-                parts = [getattr(rnn, name) for rnn in layers_only.rnns]
+                parts = [getattr(rnn, name) for rnn in layers.rnns]
                 dense.zero_()
                 deep = name.startswith("weight_ih") and "_l0" not in name  # reads all groups of each direction
                 lanes = self.directions if deep else 1
                 width = parts[0].shape[1] // lanes
-                blocks = dense.view(-1, groups, hidden, lanes, groups, width)
+                blocks = dense.view(-1, self.groups, hidden, lanes, self.groups, width)
                 for g, part in enumerate(parts):
                     blocks[:, g, :, :, g] = part.view(-1, hidden, lanes, width)
 
@@ -92,15 +87,15 @@ class FlashRNN(nn.Module):
     Source: Pöppel et al., "FlashRNN: I/O-Aware Optimization of Traditional RNNs on modern hardware", 2024.
     """
 
-    def __init__(self, layers_only: nn.Module, channels: int, groups: int, kind: str, **_):
+    def __init__(self, layers: nn.Module):
         super().__init__()
-        width = channels // groups
-        if kind != "lstm":
+        width = layers.rnns[0].hidden_size
+        if not isinstance(layers.rnns[0], nn.LSTM):
             raise Skipped("its GRU multiplies the reset gate in another place")
         if width > 64:
             raise Skipped(f"its Triton backend takes heads of up to 64, these have {width}")
-        inputs = torch.stack([rnn.weight_ih_l0.detach().view(4, width, width) for rnn in layers_only.rnns], 1)
-        hidden = torch.stack([rnn.weight_hh_l0.detach().view(4, width, width) for rnn in layers_only.rnns], 1)
+        inputs = torch.stack([rnn.weight_ih_l0.detach().view(4, width, width) for rnn in layers.rnns], 1)
+        hidden = torch.stack([rnn.weight_hh_l0.detach().view(4, width, width) for rnn in layers.rnns], 1)
         self.weight_ih = nn.Parameter(inputs)  # (gates i f g o, groups, out, in)
         self.weight_hh = nn.Parameter(hidden)
 

@@ -99,9 +99,7 @@ class Runner:
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the initial weights, buffers and optimizer states, in place."""
-        if not self.initial:
-            return
-        for name, tensor in self.call.state_dict(keep_vars=True).items():
+        for name, tensor in self.call.state_dict(keep_vars=True).items() if self.initial else ():
             tensor.copy_(self.initial[name])
         for optimizer in getattr(self.call, "optimizers", list)():
             for state in optimizer.state.values():
@@ -133,48 +131,40 @@ def make_runner(
     *,
     double: bool = False,
     wrap: Callable[[Callable], Callable] = lambda call: call,
-    seed: int = 0,
 ) -> Runner:
     """A runner of one kit.
 
     Args:
         workload: what to run.
-        kit: `benchmarks.original` or `fastblocks`; equal seeds give equal weights, as the state_dicts are shared.
+        kit: `benchmarks.original` or `fastblocks`; a module gets the original's initial weights, whatever order its own
+            constructor draws them in.
         device: where.
         dtype: a key of `DTYPES`. An operation's tensors have it; a module stays float32 under autocast.
         double: the reference: the same values, computed in float64.
         wrap: changes the callable before autocast is put around it, e.g. compiles it.
-        seed: of inputs and weights.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     call = workload.build(kit)
     own = DTYPES[dtype] if workload.is_operation else torch.float32
     weights: list[Tensor] = []
     if isinstance(call, nn.Module):
-        load_weights(call, workload, seed)
+        torch.manual_seed(0)
+        call.load_state_dict(workload.build(original).state_dict(), strict=True)
         call = call.to(device, torch.float64 if double else torch.float32)
         call.train(workload.step is not None)
         weights = [p for p in call.parameters() if p.requires_grad]
-    initial = {}
-    if workload.step:
-        initial = {name: tensor.clone() for name, tensor in call.state_dict().items()}
+    initial = {name: tensor.clone() for name, tensor in call.state_dict().items()} if workload.step else {}
     call = wrap(call)
     if not workload.is_operation and own != DTYPES[dtype] and not double:
         call = Cast(call, lambda: torch.autocast(device.type, DTYPES[dtype]))
     inputs = []
-    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(seed))):
+    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(0))):
         if isinstance(value, Tensor) and value.is_floating_point():
             constant = i in workload.constant
             value = value.to(device).to(torch.float32 if constant else own)
             value = (value.double() if double else value).detach().requires_grad_(not constant)
         inputs.append(value)
     return Runner(workload, call, inputs, weights, initial=initial)
-
-
-def load_weights(module: nn.Module, workload: Workload, seed: int) -> None:
-    """Give a module the baseline's initial weights, whatever order its own constructor draws them in."""
-    torch.manual_seed(seed)
-    module.load_state_dict(workload.build(original).state_dict(), strict=True)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ DISCRIMINATORS = {
     "resolution": lambda kit, rate: kit.MultiResolutionDiscriminator(1, rate, hidden_channels=8),
     "none": None,
 }
-WEIGHTS = {"waveform": 1.0, "spectral": 0.5, "adversarial": 0.02, "feature": 0.05}
 COLUMNS = ("step", "total", "waveform", "spectral", "adversarial", "feature", "discriminator", "si_sdr")
 WARMUP, PLATEAU = 20, 150  # steps: the rate rises until the first, falls with 1/√step after the second
 CLIP_NORM = 1.0
@@ -85,39 +84,18 @@ class Training:
                 group["lr"] = base * self.learning_rate_factor()
         mixture, target = (t.to(self.device) for t in self.clips.batch(self.settings.batch, self.random))
         self.model.train()
-        restored = self.model(mixture)
-        parts = {"waveform": losses.waveform_loss(restored, target), "spectral": losses.spectral_loss(restored, target)}
-        critic_loss = self._judge(parts, restored, target) if self.critic else torch.zeros(())
-        total = sum(WEIGHTS[name] * value for name, value in parts.items())
-        self._descend(self.optimizers[0], self.model, total)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        found = losses.descend(self.model, lambda clip: self.critic(clip[:, None]), self.critic, mixture, target)
+        for module, optimizer in zip((self.model, self.critic), self.optimizers, strict=False):
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            optimizer.step()
         self.step += 1
-        row = {name: float(value.detach()) for name, value in parts.items()}
-        row |= {"step": self.step, "total": float(total.detach()), "discriminator": float(critic_loss.detach())}
+        row = {"step": self.step} | {name: float(value.detach()) for name, value in found.items()}
         if not all(abs(value) < float("inf") for value in row.values()):
             raise RuntimeError(f"training diverged at step {self.step}: {row}")
         self.rows.append(row)
         return row
-
-    def _judge(self, parts: dict[str, Tensor], restored: Tensor, target: Tensor) -> Tensor:
-        """Train the discriminator on the pair, then add the model's adversarial losses to `parts`."""
-        self.critic.requires_grad_(True)
-        real, fake = self.critic(target[:, None])[0], self.critic(restored.detach()[:, None])[0]
-        critic_loss = losses.discriminator_loss(real, fake)
-        self._descend(self.optimizers[1], self.critic, critic_loss)
-        self.critic.requires_grad_(False)
-        with torch.no_grad():
-            _, real_maps = self.critic(target[:, None])
-        fake, fake_maps = self.critic(restored[:, None])
-        parts["adversarial"] = losses.adversarial_loss(fake)
-        parts["feature"] = losses.feature_loss(real_maps, fake_maps)
-        return critic_loss
-
-    @staticmethod
-    def _descend(optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-        optimizer.step()
 
     @torch.no_grad()
     def restore_held_out(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,9 +82,10 @@ def test_recorded_numbers(kit):
 
 def test_interleaved_takes_the_runs_in_turn():
     order = []
-    timings = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.0, least=3)
-    assert order == ["a", "b", "b", "a", "a", "b"]
-    assert [len(samples) for samples in timings.values()] == [3, 3]
+    runs = {name: (lambda name=name: order.append(f"before {name}"), partial(order.append, name)) for name in "ab"}
+    timings = interleaved(runs, 0.0)
+    assert order == ["before a", "a", "before b", "b", "before b", "b", "before a", "a"]
+    assert [len(samples) for samples in timings.values()] == [2, 2]
 
 
 def test_quartiles():

@@ -110,6 +110,38 @@ def test_a_networks_baseline_is_judged_by_more_than_one_rounding():
     assert errors(runner.run("training"), truth) == once
 
 
+def test_the_baseline_runs_again_only_where_somebody_would_be_refused(monkeypatch):
+    spread = [4e-6]
+    monkeypatch.setattr(suite, "_spread", lambda runner, truth, found: calls.append(found) or spread)
+    for error, asked, right in ((1e-6, False, True), (5e-6, True, True), (9e-6, True, False)):
+        calls, row = [], {"mode": "training", "dtype": "fp32"}
+        allowed = suite._judge(row, [error], [1e-6], TOYS["model-rnn"], None, [])
+        assert bool(calls) == asked and (allowed == spread) == asked and ("refused" not in row) == right
+
+
+SWITCHES = """
+import torch
+from benchmarks.providers.runner import tf32
+
+cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+name = "fp32_precision" if hasattr(cuda, "fp32_precision") else "allow_tf32"
+switches = (cuda, cudnn.conv, cudnn.rnn) if name == "fp32_precision" else (cuda, cudnn)
+off, on = ("ieee", "tf32") if name == "fp32_precision" else (False, True)
+setattr(switches[0], name, on), setattr(switches[1], name, off)
+before = [getattr(switch, name) for switch in switches]
+for allowed in (False, True):
+    with tf32(allowed):
+        assert {getattr(switch, name) for switch in switches} == {on if allowed else off}
+    assert [getattr(switch, name) for switch in switches] == before
+print("done")
+"""
+
+
+def test_tf32_is_switched_whichever_way_it_was_set_before():
+    done = run_python("-c", SWITCHES)
+    assert done.returncode == 0 and "done" in done.stdout, done.stderr
+
+
 def test_table_of_rivals_graphs_floors_and_refusals():
     def row(workload, mode, provider, median):
         head = {"workload": workload, "shape": "s", "mode": mode, "dtype": "bf16", "provider": provider, "error": 1e-3}
@@ -154,7 +186,9 @@ def test_command_line_json_append_report(tmp_path, capsys):
     text = (tmp_path / "results" / "README.md").read_text()
     assert "| rows-norm-24 | 37 × 24 |" in text and "plots/cpu-speedups.svg" in text
     assert {p.name for p in (tmp_path / "results" / "plots").iterdir()} == {"cpu-speedups.svg", "cpu-windowed.svg"}
+    drawn = {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()}
     assert main(arguments) == 0 and (tmp_path / "results" / "README.md").read_text() == text
+    assert {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()} == drawn
     gpu = document | {"device": "NVIDIA H200"}
     for row in gpu["rows"]:
         row["floor"] = 1e-9
