@@ -55,6 +55,11 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="holds <device>/<file>.json")
-    for path in report(parser.parse_args(arguments).results):
+    results = parser.parse_args(arguments).results
+    try:
+        written = report(results)
+    except OSError as problem:
+        raise BadInput(str(problem)) from problem
+    for path in written:
         print(f"written: {path}")
     return 0

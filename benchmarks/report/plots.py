@@ -95,7 +95,7 @@ def windowed(path: Path, document: dict) -> bool:
 
 def roofline(path: Path, document: dict) -> bool:
     """FLOP/s against FLOP a byte below the device's limits; only for a GPU whose limits are known."""
-    points = [row for row in document["rows"] if row.get("floor") and row["flops"]]
+    points = [row for row in document["rows"] if "median" in row and row["floor"] and row["flops"]]
     found = limits(document["device"])
     if found is None or not points:
         return False
