@@ -36,12 +36,15 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
 MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
 
 
-def most_registers(head_dim: int) -> int:
+def most_registers(head_dim: int, architecture: str) -> int:
     """How many register tokens the kernels take. Their keys and values are two tiles that a program holds beside its
     own: more of them spill up to 5 kB per thread, and some need more shared memory than sm_80 and sm_89 have. Within
-    this limit the kernels need 86 kB at most on sm_80 and sm_89, 147 kB on sm_90, 32 kB on gfx942."""
+    this limit the kernels need 86 kB at most on sm_80 and sm_89, 147 kB on sm_90, 32 kB on gfx942. Where operands take
+    registers, 64 of 64 channels spill 0.7 kB in 16 bits and 1.6 in 32."""
     block_d = tile(head_dim)
-    return 64 if block_d <= 64 else 16 if block_d <= 128 else 0
+    if block_d <= 64:
+        return 64 if block_d <= 32 or architecture in OPERANDS_IN_SHARED_MEMORY else 32
+    return 16 if block_d <= 128 else 0
 
 
 def launch_config(
@@ -93,7 +96,7 @@ class Plan:
     """Everything that a launch needs and that follows from shapes; computed once per shape."""
 
     short: bool  # the `short` kernels run: all keys of a head on chip
-    rotated: bool  # a separate kernel rotates q and k
+    rotated: bool  # a separate kernel rotates q and k; the others find them rotated
     n_tokens: int
     n_registers: int
     half_window: int
@@ -148,11 +151,11 @@ def _plan(
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
     }
     short = is_short(n_rows, block_d, size, architecture)
-    rotate = window >= 0 or n_tokens < ROTATE_FROM
+    rotated = not short and window < 0 and n_tokens >= ROTATE_FROM
 
-    def chosen(kernel: str, **constants) -> LaunchConfig:
-        made = launch_config(kernel, n_rows, block_d, size, architecture, tf32)
-        return made.with_(**shared, **products, **constants)
+    def complete(kernel: str, **constants) -> LaunchConfig:
+        tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32)
+        return tiles.with_(**shared, **products, **constants)
 
     if short:
         block_a, block_b = key_tiles(n_rows, size)
@@ -160,7 +163,7 @@ def _plan(
         for name in ("short_forward", "short_backward"):
             block_m = min(launch_config(name, n_rows, block_d, size, architecture, tf32)["BLOCK_M"], tile(n_queries))
             one = block_m >= n_queries
-            configs[name] = chosen(
+            configs[name] = complete(
                 name,
                 HAS_WINDOW=has_window,
                 HAS_REGISTERS=n_registers > 0,
@@ -173,17 +176,17 @@ def _plan(
             )
     else:
         block_r = tile(max(1, n_registers))
-        flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATE": rotate}
+        flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATED": rotated}
         has_registers = {"HAS_REGISTERS": n_registers > 0}
-        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATE": rotate}
+        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATED": rotated}
         configs |= {
             "rotate": config(4, **shared, BLOCK_M=max(MIN_TILE, 4096 // block_d)),
-            "long_forward": chosen("long_forward", **flags, **has_registers),
-            "grad_query": chosen("grad_query", **flags, **has_registers),
-            "grad_key": chosen("grad_key", **flags, REGISTERS_OUT=registers_out),
-            "register_forward": chosen("register", **registers),
-            "register_backward": chosen("register", **registers),
+            "long_forward": complete("long_forward", **flags, **has_registers),
+            "grad_query": complete("grad_query", **flags, **has_registers),
+            "grad_key": complete("grad_key", **flags, REGISTERS_OUT=registers_out),
+            "register_forward": complete("register", **registers),
+            "register_backward": complete("register", **registers),
             "register_combine": config(1, **shared, BLOCK_R=COMBINE_ROWS),
         }
     scale = head_dim**-0.5 / math.log(2)
-    return Plan(short, not short and not rotate, n_tokens, n_registers, window // 2, scale, configs)
+    return Plan(short, rotated, n_tokens, n_registers, window // 2, scale, configs)

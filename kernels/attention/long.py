@@ -19,11 +19,15 @@ from fastblocks.kernels.attention.tiles import (
     LOG2_E,
     load_rotated,
     load_rows,
+    program_of,
     register_arguments,
+    register_keys,
+    register_queries,
     rotate,
     store_rows,
 )
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -35,23 +39,19 @@ def _rotate_kernel(
 ):  # fmt: skip
     """Rotate q and k of the tokens once, to rotated (B, T, 2C): without a window each key would be rotated T / BLOCK_M
     times. grid (B · 2H · blocks of tokens,), blocks fastest."""
-    n_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    start = (tl.program_id(0) % n_blocks) * BLOCK_M
-    pid_bh = tl.program_id(0) // n_blocks
-    b = (pid_bh // (2 * n_head)).to(tl.int64)
-    h = pid_bh % (2 * n_head)
+    block, _, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), 2 * n_head)
+    start = block * BLOCK_M
     stride_out = 2 * n_head * HEAD_DIM
     offs = tl.arange(0, BLOCK_M)
-    left = n_tokens - start
     qkv_ptr += b * stride_qkv_b + start.to(tl.int64) * stride_qkv_t + h * HEAD_DIM
     rotated_ptr += (b * n_tokens + start) * stride_out + h * HEAD_DIM
     rope_ptr += (n_registers + start).to(tl.int64) * HEAD_DIM
-    x = load_rotated(qkv_ptr, rope_ptr, offs, left, stride_qkv_t, HEAD_DIM, BLOCK_D, False, True)
-    store_rows(rotated_ptr, x, offs, left, stride_out, HEAD_DIM, BLOCK_D)
+    x = load_rotated(qkv_ptr, rope_ptr, offs, n_tokens - start, stride_qkv_t, HEAD_DIM, BLOCK_D)
+    store_rows(rotated_ptr, x, offs, n_tokens - start, stride_out, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _reached(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
+def _visible_blocks(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
     """Which tokens the rows start … start + ROWS - 1 see, in blocks of BLOCK: the first token, and the number of blocks
     before the interior (where every row sees every token), in it, and after it."""
     if not HAS_WINDOW:
@@ -63,6 +63,15 @@ def _reached(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constex
     interior = tl.maximum(tl.minimum(start + half_window + 1, n_tokens) - low - before * BLOCK, 0) // BLOCK
     after = tl.maximum(tl.cdiv(high - low, BLOCK) - before - interior, 0)
     return low, before, interior, after
+
+
+@triton.jit
+def _start(i, low, before, interior, BLOCK: tl.constexpr, INTERIOR: tl.constexpr):
+    """The first token of block i, counted within the interior's blocks or those around it."""
+    start = low + i * BLOCK
+    if not INTERIOR:
+        start += tl.where(i >= before, interior * BLOCK, 0)
+    return start
 
 
 @triton.jit
@@ -82,14 +91,15 @@ def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: t
 @triton.jit
 def _key_block(
     qk_ptr, v_ptr, rope_ptr, start, n_tokens, n_channels, stride_qk_t, stride_v_t,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr = False, ROTATED: tl.constexpr = False,
 ):  # fmt: skip
     """Load k, rotated, and v of BLOCK_N tokens from `start` on."""
     offs = tl.arange(0, BLOCK_N)
     left = n_tokens - start
     k_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t + n_channels
     k = load_rotated(
-        k_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE
+        k_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATED
     )
     v = load_rows(v_ptr + tl.cast(start, tl.int64) * stride_v_t, offs, left, stride_v_t, HEAD_DIM, BLOCK_D, EVEN)
     return k, v
@@ -112,19 +122,16 @@ def _long_forward_kernel(
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, KEEP_LSE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, KEEP_LSE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, C) and, with KEEP_LSE, lse (B, H, T). grid (B·H·blocks of queries,), blocks fastest.
 
-    qk_ptr: q, then k n_channels later, in each row; ROTATE: they are not rotated yet. register_ptr: q, k, v of the
+    qk_ptr: q, then k n_channels later, in each row; ROTATED: they are rotated already. register_ptr: q, k, v of the
     register tokens.
     """
-    n_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    start_m = (tl.program_id(0) % n_blocks) * BLOCK_M
-    pid_bh = tl.program_id(0) // n_blocks
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
+    block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), n_head)
+    start_m = block * BLOCK_M
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -134,7 +141,7 @@ def _long_forward_kernel(
     query_rope_ptr = token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM
     q = load_rotated(
         qk_ptr + start_m.to(tl.int64) * stride_qk_t, query_rope_ptr, tl.arange(0, BLOCK_M),
-        n_tokens - start_m, stride_qk_t, HEAD_DIM, BLOCK_D, False, ROTATE,
+        n_tokens - start_m, stride_qk_t, HEAD_DIM, BLOCK_D, ROTATED=ROTATED,
     )  # fmt: skip
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -143,29 +150,25 @@ def _long_forward_kernel(
     if HAS_REGISTERS:
         offs_r = tl.arange(0, BLOCK_R)
         register_ptr += b * stride_register_b + h * HEAD_DIM
-        k_r = load_rotated(
-            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        k_r, v_r = register_keys(
+            register_ptr, rope_ptr, offs_r, n_registers, n_channels, stride_register_r, HEAD_DIM, BLOCK_D
         )
-        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
-        m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, False)
+        m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _reached(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for i in range(before + after):
-        start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
-        k, v = _key_block(
-            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
-        )  # fmt: skip
-        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
-        s = tl.where(mask, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_M, BLOCK_N]
-        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, True)
-    for i in range(before, before + interior):
-        k, v = _key_block(
-            qk_ptr, v_ptr, token_rope_ptr, low + i * BLOCK_N, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, ROTATE,
-        )  # fmt: skip
-        m, total, acc = _softmax_step(dot(q, tl.trans(k), PRECISION), v, m, total, acc, scale, PRECISION, False)
+    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
+        for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
+            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            k, v = _key_block(
+                qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+                HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
+            )  # fmt: skip
+            s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
+            if not INTERIOR:
+                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                s = tl.where(mask, s, float("-inf"))
+            m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=not INTERIOR)
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
@@ -182,16 +185,12 @@ def _grad_query_kernel(
     n_tokens, n_registers, half_window, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, delta = rowsum(out ∘ dout) (B, H, T), and these queries' part of the register tokens' dk and dv, to part
     1 + block of partial (B, n_parts, R, 3C) float32. grid (B·H·blocks of queries,), blocks fastest."""
-    n_blocks = tl.cdiv(n_tokens, BLOCK_M)
-    block = tl.program_id(0) % n_blocks
+    block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), n_head)
     start_m = block * BLOCK_M
-    pid_bh = tl.program_id(0) // n_blocks
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -203,12 +202,12 @@ def _grad_query_kernel(
     query_rope_ptr = token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM
     q = load_rotated(
         qk_ptr + start_m.to(tl.int64) * stride_qk_t, query_rope_ptr, offs, left, stride_qk_t,
-        HEAD_DIM, BLOCK_D, False, ROTATE,
+        HEAD_DIM, BLOCK_D, ROTATED=ROTATED,
     )  # fmt: skip
     grad_out_ptr += b * stride_grad_b + start_m.to(tl.int64) * stride_grad_t + h * HEAD_DIM
-    do = load_rows(grad_out_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, False)
+    do = load_rows(grad_out_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D)
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
-    out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D, False)
+    out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + pid_bh.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
     lse_ptr += pid_bh.to(tl.int64) * n_tokens
@@ -218,10 +217,9 @@ def _grad_query_kernel(
     if HAS_REGISTERS:
         offs_r = tl.arange(0, BLOCK_R)
         register_ptr += b * stride_register_b + h * HEAD_DIM
-        k_r = load_rotated(
-            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        k_r, v_r = register_keys(
+            register_ptr, rope_ptr, offs_r, n_registers, n_channels, stride_register_r, HEAD_DIM, BLOCK_D
         )
-        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION) * scale, float("-inf"))
         p_r = tl.exp2(s_r - lse[:, None])  # [BLOCK_M, BLOCK_R]
         ds_r = round_to(p_r * (dot(do, tl.trans(v_r), PRECISION) - delta[:, None]), q.dtype)
@@ -233,42 +231,28 @@ def _grad_query_kernel(
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
         store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
-    low, before, interior, after = _reached(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
-    for i in range(before + after):
-        start_n = low + i * BLOCK_N + tl.where(i >= before, interior * BLOCK_N, 0)
-        k, v = _key_block(
-            qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
-        )  # fmt: skip
-        mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
-        p = tl.where(mask, tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None]), 0.0)
-        ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
-        dq += dot(round_to(ds, k.dtype), k, PRECISION)
-    for i in range(before, before + interior):
-        k, v = _key_block(
-            qk_ptr, v_ptr, token_rope_ptr, low + i * BLOCK_N, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, True, ROTATE,
-        )  # fmt: skip
-        p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])
-        ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
-        dq += dot(round_to(ds, k.dtype), k, PRECISION)
+    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
+        for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
+            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            k, v = _key_block(
+                qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
+                HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
+            )  # fmt: skip
+            p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])
+            if not INTERIOR:
+                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                p = tl.where(mask, p, 0.0)
+            ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
+            dq += dot(round_to(ds, k.dtype), k, PRECISION)
 
-    dq = rotate(
-        dq * (scale / LOG2_E),
-        token_rope_ptr + start_m.to(tl.int64) * HEAD_DIM,
-        offs,
-        left,
-        HEAD_DIM,
-        BLOCK_D,
-        False,
-        True,
-    )
+    dq = rotate(dq * (scale / LOG2_E), query_rope_ptr, offs, left, HEAD_DIM, BLOCK_D, INVERSE=True)
     grad_qkv_ptr += (b * n_tokens + start_m) * (3 * n_channels) + h * HEAD_DIM
     store_rows(grad_qkv_ptr, dq, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
-def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Add a block of queries to dk and dv. P and dS are transposed, [keys, queries], as the products need them."""
     p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])
     if MASKED:
@@ -281,35 +265,21 @@ def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, MASKED: tl.cons
 @triton.jit
 def _query_block(
     qk_ptr, grad_out_ptr, rope_ptr, lse_ptr, delta_ptr, start, n_tokens, stride_qk_t, stride_grad_t,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr = False, ROTATED: tl.constexpr = False,
 ):  # fmt: skip
     """Load q, rotated, dout, lse and delta of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
     offs = tl.arange(0, BLOCK_M)
     left = n_tokens - start
     q_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t
     q = load_rotated(
-        q_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATE
+        q_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATED
     )
     do_ptr = grad_out_ptr + tl.cast(start, tl.int64) * stride_grad_t
     do = load_rows(do_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
     lse = tl.load(lse_ptr + start + offs, mask=offs < left, other=float("inf"))
     delta = tl.load(delta_ptr + start + offs, mask=offs < left, other=0.0)
     return q, do, lse, delta
-
-
-@triton.jit
-def _register_queries(
-    register_ptr, rope_ptr, out_ptr, grad_out_ptr, lse_ptr,
-    n_registers, n_channels, stride_register_r, stride_grad_r,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """q, rotated, dout, lse and delta of one head's register tokens; past the end P = 0."""
-    offs = tl.arange(0, BLOCK_R)
-    q = load_rotated(register_ptr, rope_ptr, offs, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
-    do = load_rows(grad_out_ptr, offs, n_registers, stride_grad_r, HEAD_DIM, BLOCK_D, False)
-    out = load_rows(out_ptr, offs, n_registers, n_channels, HEAD_DIM, BLOCK_D, False)
-    lse = tl.load(lse_ptr + offs, mask=offs < n_registers, other=float("inf"))
-    return q, do, lse, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
 
 
 @triton.jit
@@ -321,15 +291,11 @@ def _grad_key_kernel(
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of tokens. REGISTERS_OUT: register tokens are queries too.
     grid (B·H·blocks of keys,), blocks fastest."""
-    n_blocks = tl.cdiv(n_tokens, BLOCK_N)
-    block = tl.program_id(0) % n_blocks
-    pid_bh = tl.program_id(0) // n_blocks
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
+    block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_N), n_head)
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -346,46 +312,35 @@ def _grad_key_kernel(
     left = n_tokens - start_n
     k, v = _key_block(
         qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
-        HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+        HEAD_DIM, BLOCK_D, BLOCK_N, ROTATED=ROTATED,
     )  # fmt: skip
     if REGISTERS_OUT:
-        q_r, do_r, lse_r, delta_r = _register_queries(
+        q_r, do_r, lse_r, delta_r = register_queries(
             register_ptr + b * stride_register_b + h * HEAD_DIM, rope_ptr,
             register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
             grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
             register_lse_ptr + pid_bh.to(tl.int64) * n_registers,
             n_registers, n_channels, stride_register_r, stride_grad_register_r, HEAD_DIM, BLOCK_D, BLOCK_R,
         )  # fmt: skip
-        dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, lse_r, dk, dv, scale, False, PRECISION)
+        dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, None, dk, dv, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _reached(start_n, n_tokens, half_window, BLOCK_N, BLOCK_M, HAS_WINDOW)
-    for i in range(before + after):
-        start_m = low + i * BLOCK_M + tl.where(i >= before, interior * BLOCK_M, 0)
-        q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
-            stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, False, ROTATE,
-        )  # fmt: skip
-        mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, half_window, HAS_WINDOW)
-        dk, dv = _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, HAS_WINDOW, PRECISION)
-    for i in range(before, before + interior):
-        q, do, lse, delta = _query_block(
-            qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, low + i * BLOCK_M, n_tokens,
-            stride_qk_t, stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, True, ROTATE,
-        )  # fmt: skip
-        dk, dv = _grad_key_step(q, do, k, v, lse, delta, lse, dk, dv, scale, False, PRECISION)
+    low, before, interior, after = _visible_blocks(start_n, n_tokens, half_window, BLOCK_N, BLOCK_M, HAS_WINDOW)
+    for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
+        for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
+            start_m = _start(i, low, before, interior, BLOCK_M, INTERIOR)
+            q, do, lse, delta = _query_block(
+                qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
+                stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, INTERIOR, ROTATED,
+            )  # fmt: skip
+            mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, half_window, HAS_WINDOW)
+            dk, dv = _grad_key_step(
+                q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION, MASKED=HAS_WINDOW and not INTERIOR
+            )
 
     grad_qkv_ptr += (b * n_tokens + start_n) * (3 * n_channels) + h * HEAD_DIM
     store_rows(grad_qkv_ptr + 2 * n_channels, dv, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
-    dk = rotate(
-        dk * (scale / LOG2_E),
-        token_rope_ptr + start_n.to(tl.int64) * HEAD_DIM,
-        offs,
-        left,
-        HEAD_DIM,
-        BLOCK_D,
-        False,
-        True,
-    )
+    key_rope_ptr = token_rope_ptr + start_n.to(tl.int64) * HEAD_DIM
+    dk = rotate(dk * (scale / LOG2_E), key_rope_ptr, offs, left, HEAD_DIM, BLOCK_D, INVERSE=True)
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
@@ -398,13 +353,12 @@ def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | Non
         config = plan.configs["rotate"]
         launch(
             _rotate_kernel, (batch * 2 * n_head * cdiv(n_tokens, config["BLOCK_M"]),), config, like=qkv,
-            qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=qk, stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1),
+            qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=qk, **strides("qkv", qkv, "bt"),
             n_tokens=n_tokens, n_registers=plan.n_registers, n_head=n_head,
         )  # fmt: skip
     return {
         "qk_ptr": qk, "v_ptr": qkv[..., 2 * (width // 3) :], "rope_ptr": rope,
-        "stride_qk_b": qk.stride(0), "stride_qk_t": qk.stride(1),
-        "stride_v_b": qkv.stride(0), "stride_v_t": qkv.stride(1), **register_arguments(qkv, register_qkv),
+        **strides("qk", qk, "bt"), **strides("v", qkv, "bt"), **register_arguments(qkv, register_qkv),
         "n_tokens": n_tokens, "n_registers": plan.n_registers, "n_head": n_head, "scale": plan.scale,
     }  # fmt: skip
 
@@ -432,7 +386,7 @@ def backward(
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
     both = {
         **inputs, "grad_out_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv,
-        "stride_grad_b": grad_out.stride(0), "stride_grad_t": grad_out.stride(1), "half_window": plan.half_window,
+        **strides("grad", grad_out, "bt"), "half_window": plan.half_window,
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
@@ -441,5 +395,5 @@ def backward(
     launch(
         _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
         **both, register_out_ptr=register_out, grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
-        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+        **strides("grad_register", grad_register_out, "br"),
     )  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastblocks.eager import attention as eager
+from fastblocks.kernels import runtime
 from fastblocks.kernels.attention import long, registers, short
 from fastblocks.kernels.attention.config import most_registers, plan_of, runs_short
 from fastblocks.kernels.operator import Operator
@@ -43,7 +44,7 @@ def unsupported_reason(
         if register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device:
             found = f"{register_qkv.dtype} on {register_qkv.device}"
             return f"the register tokens are {found}, the tokens {qkv.dtype} on {qkv.device}"
-        n_registers, most = register_qkv.shape[1], most_registers(head_dim)
+        n_registers, most = register_qkv.shape[1], most_registers(head_dim, runtime.architecture(qkv.device))
         if n_registers > most:
             return f"{n_registers} register tokens of head size {head_dim}, the kernel takes {most}"
     return ""

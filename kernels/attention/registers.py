@@ -12,9 +12,19 @@ import torch
 from torch import Tensor
 
 from fastblocks.kernels.attention.config import COMBINE_ROWS, Plan
-from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _register_queries, _softmax_step
-from fastblocks.kernels.attention.tiles import LOG2_E, load_rotated, load_rows, rotate, store_rows
+from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _softmax_step
+from fastblocks.kernels.attention.tiles import (
+    LOG2_E,
+    load_rotated,
+    load_rows,
+    program_of,
+    register_keys,
+    register_queries,
+    rotate,
+    store_rows,
+)
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -25,16 +35,13 @@ def _register_forward_kernel(
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     n_tokens, n_registers, n_head, scale, n_splits,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial softmaxes of the register tokens over SPLIT keys each; their own keys belong to split 0.
 
     m, total: (B, H, splits, R); acc: (B, H, splits, R, D), all float32. grid (B·H·splits,), splits fastest.
     """
-    split = tl.program_id(0) % n_splits
-    pid_bh = tl.program_id(0) // n_splits
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
+    split, pid_bh, b, h = program_of(n_splits, n_head)
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -42,25 +49,24 @@ def _register_forward_kernel(
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
 
     offs_r = tl.arange(0, BLOCK_R)
-    q = load_rotated(register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True)
+    q = load_rotated(register_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D)
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
     acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if split == 0:
-        k = load_rotated(
-            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        k, v = register_keys(
+            register_ptr, rope_ptr, offs_r, n_registers, n_channels, stride_register_r, HEAD_DIM, BLOCK_D
         )
-        v = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         s = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k), PRECISION), float("-inf"))
-        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=False)
     for start_n in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_tokens), BLOCK_N):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, ROTATED=ROTATED,
         )  # fmt: skip
         seen = (start_n + tl.arange(0, BLOCK_N) < n_tokens)[None, :]
         s = tl.where(seen, dot(q, tl.trans(k), PRECISION), float("-inf"))  # [BLOCK_R, BLOCK_N]
-        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, False)
+        m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=False)
 
     row = (pid_bh.to(tl.int64) * n_splits + split) * n_registers
     tl.store(m_ptr + row + offs_r, m, mask=offs_r < n_registers)
@@ -74,11 +80,8 @@ def _register_combine_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, KEEP_LSE: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits' partial softmaxes in order. grid (B·H·blocks of R,), blocks fastest."""
-    n_blocks = tl.cdiv(n_registers, BLOCK_R)
-    pid_bh = tl.program_id(0) // n_blocks
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
-    offs_r = (tl.program_id(0) % n_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block, pid_bh, b, h = program_of(tl.cdiv(n_registers, BLOCK_R), n_head)
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < n_registers
     m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_R,), tl.float32)
@@ -88,7 +91,7 @@ def _register_combine_kernel(
         m_split = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
         m_new = tl.maximum(m, m_split)
         shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_split - m_new) * scale)
-        x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D, False)
+        x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
         acc = acc * shrink[:, None] + x * grow[:, None]
         total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
         m = m_new
@@ -107,14 +110,11 @@ def _register_backward_kernel(
     stride_grad_register_b, stride_grad_register_r,
     n_tokens, n_registers, n_head, scale, n_splits, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr, ROTATE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Register tokens as queries: their dq over a split of keys, to part `split` of partial (B, n_parts, R, 3C).
     Split 0 also covers their own keys and stores those dk and dv. grid (B·H·splits,), splits fastest."""
-    split = tl.program_id(0) % n_splits
-    pid_bh = tl.program_id(0) // n_splits
-    b = (pid_bh // n_head).to(tl.int64)
-    h = pid_bh % n_head
+    split, pid_bh, b, h = program_of(n_splits, n_head)
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
@@ -123,7 +123,7 @@ def _register_backward_kernel(
     token_rope_ptr = rope_ptr + n_registers * HEAD_DIM
 
     offs_r = tl.arange(0, BLOCK_R)
-    q, do, lse, delta = _register_queries(
+    q, do, lse, delta = register_queries(
         register_ptr, rope_ptr, register_out_ptr + b * n_registers * n_channels + h * HEAD_DIM,
         grad_register_out_ptr + b * stride_grad_register_b + h * HEAD_DIM,
         register_lse_ptr + pid_bh.to(tl.int64) * n_registers,
@@ -131,20 +131,19 @@ def _register_backward_kernel(
     )  # fmt: skip
     dq = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     if split == 0:
-        k_r = load_rotated(
-            register_ptr + n_channels, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False, True
+        k_r, v_r = register_keys(
+            register_ptr, rope_ptr, offs_r, n_registers, n_channels, stride_register_r, HEAD_DIM, BLOCK_D
         )
-        v_r = load_rows(register_ptr + 2 * n_channels, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D, False)
         dq += _grad_of_queries(q, do, k_r, v_r, lse, delta, n_registers, scale, PRECISION)
         dk = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        dk, dv = _grad_key_step(q, do, k_r, v_r, lse, delta, lse, dk, dk, scale, False, PRECISION)
+        dk, dv = _grad_key_step(q, do, k_r, v_r, lse, delta, None, dk, dk, scale, PRECISION, MASKED=False)
         dk *= scale / LOG2_E
         store_rows(partial_ptr + n_channels, dk, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
         store_rows(partial_ptr + 2 * n_channels, dv, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
     for start_n in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_tokens), BLOCK_N):
         k, v = _key_block(
             qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
-            HEAD_DIM, BLOCK_D, BLOCK_N, False, ROTATE,
+            HEAD_DIM, BLOCK_D, BLOCK_N, ROTATED=ROTATED,
         )  # fmt: skip
         dq += _grad_of_queries(q, do, k, v, lse, delta, n_tokens - start_n, scale, PRECISION)
     store_rows(partial_ptr, dq * (scale / LOG2_E), offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
@@ -183,13 +182,11 @@ def _register_gradient_kernel(
             ptr = partial_ptr + (b * n_batches + batch) * n_parts * (n_registers * width) + r * width + head * HEAD_DIM
             for part in range(first_part, last_part, BLOCK_S):
                 part_ptr = ptr + tl.cast(part, tl.int64) * (n_registers * width)
-                total += load_rows(
-                    part_ptr, offs_s, last_part - part, n_registers * width, HEAD_DIM, BLOCK_D, False
-                )  # [BLOCK_S, BLOCK_D]
+                total += load_rows(part_ptr, offs_s, last_part - part, n_registers * width, HEAD_DIM, BLOCK_D)
     x = tl.sum(total, 0)[None, :]  # [1, BLOCK_D]
     one = tl.arange(0, 1)
     if head < 2 * n_head:
-        x = rotate(x, rope_ptr + r * HEAD_DIM, one, 1, HEAD_DIM, BLOCK_D, False, True)
+        x = rotate(x, rope_ptr + r * HEAD_DIM, one, 1, HEAD_DIM, BLOCK_D, INVERSE=True)
     store_rows(grad_register_ptr + (b * n_registers + r) * width + head * HEAD_DIM, x, one, 1, width, HEAD_DIM, BLOCK_D)
 
 
@@ -227,7 +224,7 @@ def backward(
         _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * splits,),
         plan.configs["register_backward"], like=register_out, **inputs, register_out_ptr=register_out,
         grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse, partial_ptr=partial,
-        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+        **strides("grad_register", grad_register_out, "br"),
         n_splits=splits, n_parts=n_parts,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from fastblocks.kernels.attention.tiles import (
     visible,
 )
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -40,7 +41,7 @@ def _load_keys(
         token_ptr + n_channels, register_ptr + n_channels, offs, n_registers, n_rows, stride_token, stride_register,
         HEAD_DIM, BLOCK_D, EVEN, HAS_REGISTERS,
     )  # fmt: skip
-    k = round_to(rotate(k, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), k.dtype)
+    k = round_to(rotate(k, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, EVEN), k.dtype)
     v = load_sequence(
         token_ptr + 2 * n_channels, register_ptr + 2 * n_channels, offs, n_registers, n_rows, stride_token,
         stride_register, HEAD_DIM, BLOCK_D, EVEN, HAS_REGISTERS,
@@ -101,12 +102,12 @@ def _short_forward_kernel(
         if REGISTERS_OUT:
             q = load_sequence(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
-                HEAD_DIM, BLOCK_D, False, True,
+                HEAD_DIM, BLOCK_D, EVEN=False, HAS_REGISTERS=True,
             )  # fmt: skip
-            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D), q.dtype)
         else:
             q = load_rows(token_ptr, offs_m - n_registers, n_tokens, stride_qkv_t, HEAD_DIM, BLOCK_D, EVEN)
-            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN), q.dtype)
 
         s_a = _scores(
             q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
@@ -140,7 +141,7 @@ def _store_gradient(
     if HAS_REGISTERS:
         store_rows(partial_ptr, x, offs, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
     if ROTATED:
-        x = rotate(x, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, False, True)
+        x = rotate(x, rope_ptr, offs, n_rows, HEAD_DIM, BLOCK_D, INVERSE=True)
     store_rows(token_ptr, x, offs - n_registers, n_rows - n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
@@ -190,16 +191,16 @@ def _short_backward_kernel(
         if REGISTERS_OUT:
             q = load_sequence(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
-                HEAD_DIM, BLOCK_D, False, True,
+                HEAD_DIM, BLOCK_D, EVEN=False, HAS_REGISTERS=True,
             )  # fmt: skip
-            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, False, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D), q.dtype)
             do = load_sequence(
                 grad_out_ptr, grad_register_out_ptr, offs_m, n_registers, n_rows, stride_grad_t,
                 stride_grad_register_r, HEAD_DIM, BLOCK_D, False, True,
             )  # fmt: skip
         else:
             q = load_rows(token_ptr, offs_m - n_registers, n_tokens, stride_qkv_t, HEAD_DIM, BLOCK_D, EVEN)
-            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN, False), q.dtype)
+            q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN), q.dtype)
             do = load_rows(grad_out_ptr, offs_m - n_registers, n_tokens, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
 
         p_a = _scores(
@@ -265,7 +266,7 @@ def forward(
     launch(
         _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
-        stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
+        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
         scale=plan.scale,
     )  # fmt: skip
@@ -280,9 +281,8 @@ def backward(
         _short_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_backward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
         grad_qkv_ptr=grad_qkv, partial_ptr=partial,
-        stride_qkv_b=qkv.stride(0), stride_qkv_t=qkv.stride(1), **register_arguments(qkv, register_qkv),
-        stride_grad_b=grad_out.stride(0), stride_grad_t=grad_out.stride(1),
-        stride_grad_register_b=grad_register_out.stride(0), stride_grad_register_r=grad_register_out.stride(1),
+        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv),
+        **strides("grad", grad_out, "bt"), **strides("grad_register", grad_register_out, "br"),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
         scale=plan.scale,
     )  # fmt: skip

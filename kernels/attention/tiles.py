@@ -7,6 +7,7 @@ Rows of the whole sequence: row i < R is register token i, row R + t is token t;
 
 from torch import Tensor
 
+from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -14,7 +15,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU
 
 
 @triton.jit
-def load_rows(ptr, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
+def load_rows(ptr, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False):
     """Rows `offs` of a (rows, HEAD_DIM) matrix, zeros outside 0 ≤ offs < end; EVEN: all rows are inside."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = ptr + offs[:, None] * stride + offs_d[None, :]
@@ -36,8 +37,9 @@ def store_rows(ptr, x, offs, end, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def rotate(
-    x, rope_ptr, offs, end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, INVERSE: tl.constexpr
-):
+    x, rope_ptr, offs, end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr = False, INVERSE: tl.constexpr = False,
+):  # fmt: skip
     """Rotate the channel pairs of x by the angles of positions `offs`, in float32; INVERSE: back."""
     ROWS: tl.constexpr = x.shape[0]
     table = load_rows(rope_ptr, offs, end, HEAD_DIM, HEAD_DIM, BLOCK_D, EVEN)
@@ -56,13 +58,47 @@ def rotate(
 @triton.jit
 def load_rotated(
     ptr, rope_ptr, offs, end, stride,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr, ROTATE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr = False, ROTATED: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATE False: already rotated in memory."""
+    """Rows 0 ≤ offs < end of q or k, rotated and rounded back; ROTATED: they already are in memory."""
     x = load_rows(ptr, offs, end, stride, HEAD_DIM, BLOCK_D, EVEN)
-    if ROTATE:
-        x = round_to(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN, False), x.dtype)
+    if not ROTATED:
+        x = round_to(rotate(x, rope_ptr, offs, end, HEAD_DIM, BLOCK_D, EVEN), x.dtype)
     return x
+
+
+@triton.jit
+def program_of(n_blocks, n_head):
+    """Block, batch · n_head + head, batch and head of a program, in a grid of B·H·n_blocks with blocks fastest."""
+    block = tl.program_id(0) % n_blocks
+    pid_bh = tl.program_id(0) // n_blocks
+    return block, pid_bh, (pid_bh // n_head).to(tl.int64), pid_bh % n_head
+
+
+@triton.jit
+def register_keys(
+    register_ptr, rope_ptr, offs_r, n_registers, n_channels, stride_register_r,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Load k, rotated, and v of one head's register tokens; the pointer points at their q."""
+    k_ptr, v_ptr = register_ptr + n_channels, register_ptr + 2 * n_channels
+    k = load_rotated(k_ptr, rope_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D)
+    return k, load_rows(v_ptr, offs_r, n_registers, stride_register_r, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def register_queries(
+    register_ptr, rope_ptr, out_ptr, grad_out_ptr, lse_ptr,
+    n_registers, n_channels, stride_register_r, stride_grad_r,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """q, rotated, dout, lse and delta of one head's register tokens; past the end P = 0."""
+    offs = tl.arange(0, BLOCK_R)
+    q = load_rotated(register_ptr, rope_ptr, offs, n_registers, stride_register_r, HEAD_DIM, BLOCK_D)
+    do = load_rows(grad_out_ptr, offs, n_registers, stride_grad_r, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr, offs, n_registers, n_channels, HEAD_DIM, BLOCK_D)
+    lse = tl.load(lse_ptr + offs, mask=offs < n_registers, other=float("inf"))
+    return q, do, lse, tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
 
 
 @triton.jit
@@ -72,8 +108,8 @@ def load_sequence(
 ):  # fmt: skip
     """Rows of the whole sequence: register tokens from one tensor, tokens from the other."""
     if HAS_REGISTERS:
-        registers = load_rows(register_ptr, offs, n_registers, stride_register, HEAD_DIM, BLOCK_D, False)
-        tokens = load_rows(token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D, False)
+        registers = load_rows(register_ptr, offs, n_registers, stride_register, HEAD_DIM, BLOCK_D)
+        tokens = load_rows(token_ptr, offs - n_registers, n_rows - n_registers, stride_token, HEAD_DIM, BLOCK_D)
         return tl.where((offs < n_registers)[:, None], registers, tokens)
     return load_rows(token_ptr, offs, n_rows, stride_token, HEAD_DIM, BLOCK_D, EVEN)
 
@@ -98,9 +134,6 @@ def register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> dict:
     """The register tokens' pointer and strides (batch stride 0 if all samples share them); without any, qkv is a
     placeholder."""
     if register_qkv is None:
-        return {"register_ptr": qkv, "stride_register_b": 0, "stride_register_r": 0}
-    return {
-        "register_ptr": register_qkv,
-        "stride_register_b": register_qkv.stride(0) if register_qkv.shape[0] > 1 else 0,
-        "stride_register_r": register_qkv.stride(1),
-    }
+        return {"register_ptr": qkv, **strides("register", None, "br")}
+    shared = register_qkv.expand(qkv.shape[0], -1, -1)
+    return {"register_ptr": register_qkv, **strides("register", shared, "br")}

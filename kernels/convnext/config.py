@@ -22,15 +22,16 @@ def depthwise_conv(
     """Depthwise convolution, forward and gradient of x.
 
     RUN: consecutive outputs of a thread, which share inputs in registers; one vector load's worth, at least 4.
-    Registers bound the tile: 32 float32 accumulators compile to 64-196 registers per thread. 16 warps with 4-byte
-    inputs take 16 (32 spilled 8 bytes on sm_90), as do strided kernels, whose runs read twice the inputs (32 took 249).
+    Registers bound the tile: 32 float32 accumulators compile to 64-196 registers per thread. Large tiles of 4-byte
+    inputs take 16, as do strided kernels, whose runs read twice the inputs (32 took 249). 512 channels take 8 warps:
+    three programs fit an SM, where 16 warps spill 8 bytes on sm_80 and fit once on sm_90.
     Nothing here is timed; that smaller tiles pay where the grid would not fill the device is a prediction.
     """
     run = max(vector, 4)
     block_c = power_of_two(channels) if all_channels else min(64, power_of_two(channels))
     block_c = max(16, block_c)
-    warps = 16 if block_c >= 512 else 8 if block_c >= 64 and all_channels else 4
-    accumulators = 16 if strided or (warps == 16 and itemsize == 4) else 32
+    warps = 16 if block_c >= 1024 else 8 if block_c >= 64 and all_channels else 4
+    accumulators = 16 if strided or (block_c >= 512 and itemsize == 4) else 32
     runs = max(1, warps * 32 * accumulators // (block_c * run))
     block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
     block_h = min(runs // block_w, power_of_two(sizes[0]))
@@ -67,9 +68,9 @@ def grad_weight(
     parts: int,
     fused: bool,
 ) -> tuple[LaunchConfig, int]:
-    """Gradient of a depthwise convolution's weights, and how many slabs of positions there are.
+    """Gradient of a depthwise convolution's weights, and how many splits share the positions.
 
-    `parts` is how many programs (phases, rows and chunks of taps) share a slab and a block of channels; `fused` is the
+    `parts` is how many programs (phases, rows and chunks of taps) share a split and a block of channels; `fused` is the
     gradient of x in the same pass. A program holds tiles of [channels, runs]: 7 of sums, 4 of x; fused, also 4 of dx
     and 7 of weights; at 8 elements per thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About
     4 programs per SM is a prediction.
@@ -80,19 +81,19 @@ def grad_weight(
     block_w = min(runs, power_of_two(-(-sizes[1] // run)))
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
-    slabs = max(1, min(tiles, 4 * sm_count // (parts * -(-channels // block_c))))
+    splits = max(1, min(tiles, 4 * sm_count // (parts * -(-channels // block_c))))
     warps = 8 if fused and block_c == 64 else 4
-    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), slabs
+    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), splits
 
 
 @cache
-def sum_slabs(channels: int) -> LaunchConfig:
-    """Second stage of sums over positions: 32 slabs per step, channels in whole memory sectors."""
+def sum_splits(channels: int) -> LaunchConfig:
+    """Second stage of sums over positions: 32 splits per step, channels in whole memory sectors."""
     return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, power_of_two(channels))))
 
 
 @cache
-def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int, gated: bool) -> LaunchConfig:
+def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int) -> LaunchConfig:
     """The fused MLP: the largest tiles that spill on neither sm_80 nor sm_90 (64 and 128 channels, 16 bits).
 
     Weights' gradients hold chunks of both weights as operands and both gradients as accumulators: 32 × 32 takes 168-241
@@ -104,7 +105,7 @@ def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int,
     if which == "forward":
         if wide:
             return config(8, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
-        return config(4, 2, BLOCK_M=64 if gated else 128, BLOCK_F=64, **blocks)
+        return config(4, 2, BLOCK_M=128, BLOCK_F=64, **blocks)
     if which == "grad_x":
         return config(8 if wide else 4, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
     return config(4, 1, BLOCK_M=32, BLOCK_F=32, **blocks)
@@ -124,6 +125,6 @@ def pointwise(columns: int) -> LaunchConfig:
     return config(4, BLOCK_M=16, BLOCK_F=min(128, max(16, power_of_two(columns))))
 
 
-def slabs(sm_count: int, tiles: int, columns: int) -> int:
-    """How many slabs share `tiles` tiles, at `columns` programs per slab: 4 programs per SM."""
+def splits(sm_count: int, tiles: int, columns: int) -> int:
+    """How many splits share `tiles` tiles, at `columns` programs per split: 4 programs per SM."""
     return max(1, min(tiles, 4 * sm_count // columns))

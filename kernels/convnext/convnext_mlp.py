@@ -21,8 +21,10 @@ from torch import Tensor
 
 from fastblocks.eager import convnext as eager
 from fastblocks.kernels import runtime
-from fastblocks.kernels.convnext import config, mlp
+from fastblocks.kernels.convnext import config as table
+from fastblocks.kernels.convnext import mlp
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import load_matrix, store_matrix, strides
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.reduce import sum_rows
@@ -48,24 +50,25 @@ def _finish_kernel(
     stride_residual_c,
     stride_residual_s,
     C: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """y (B, C, S) = product (B·S, C) + bias + residual, transposed. grid (B · blocks of S, blocks of C)."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
-    offs_s = tl.program_id(0) % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
+    start_s = tl.program_id(0) % blocks_s * BLOCK_S
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    mask_c = offs_c < C
-    mask = (offs_s < S)[:, None] & mask_c[None, :]
-    y = tl.load(product_ptr + (batch * S + offs_s)[:, None] * C + offs_c[None, :], mask=mask, other=0.0)
-    y = y.to(tl.float32) + tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    if HAS_RESIDUAL:
-        offs = offs_s[:, None] * stride_residual_s + offs_c[None, :] * stride_residual_c
-        residual = tl.load(residual_ptr + batch * stride_residual_b + offs, mask=mask, other=0.0)
-        y += residual.to(tl.float32)
-    offs = (batch * C + offs_c)[None, :] * S + offs_s[:, None]
-    tl.store(y_ptr + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
+    y = load_matrix(product_ptr + (batch * S + start_s) * C, offs_s, offs_c, S - start_s, C).to(tl.float32)
+    y += mlp.load_vector(bias_ptr, offs_c, C)[None, :]
+    mask = (offs_s < S - start_s)[:, None] & (offs_c < C)[None, :]
+    if residual_ptr is not None:
+        ptrs = mlp.position_pointers(
+            residual_ptr, batch, start_s, offs_s, offs_c,
+            stride_residual_b, stride_residual_c, stride_residual_s, True,
+        )  # fmt: skip
+        y += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    ptrs = y_ptr + (batch * C + offs_c)[None, :] * S + (start_s + offs_s)[:, None]
+    tl.store(ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -83,23 +86,23 @@ def _to_rows_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_y (B, C, S) to rows (B·S, C); each slab's sum over positions to partial (slabs, C).
+    """grad_y (B, C, S) to rows (B·S, C); each split's sum over positions to partial (splits, C).
 
-    grid (slabs, blocks of C); slabs share the n_tiles = B · blocks_s tiles of positions in turn.
+    grid (splits, blocks of C); splits share the n_tiles = B · blocks_s tiles of positions in turn.
     """
+    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
-    mask_c = offs_c < C
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         batch = (tile // blocks_s).to(tl.int64)
-        offs_s = tile % blocks_s * BLOCK_S + tl.arange(0, BLOCK_S).to(tl.int64)
-        mask = (offs_s < S)[:, None] & mask_c[None, :]
-        offs = batch * stride_grad_y_b + offs_s[:, None] * stride_grad_y_s + offs_c[None, :] * stride_grad_y_c
-        grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0)
+        start_s = tile % blocks_s * BLOCK_S
+        ptrs = mlp.position_pointers(
+            grad_y_ptr, batch, start_s, offs_s, offs_c, stride_grad_y_b, stride_grad_y_c, stride_grad_y_s, True
+        )
+        grad = tl.load(ptrs, mask=(offs_s < S - start_s)[:, None] & (offs_c < C)[None, :], other=0.0)
         total += grad.to(tl.float32)
-        offs = (batch * S + offs_s)[:, None] * C + offs_c[None, :]
-        tl.store(rows_ptr + offs, round_to(grad, rows_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + tl.program_id(0) * C + offs_c, tl.sum(total, axis=0), mask=mask_c)
+        store_matrix(rows_ptr + (batch * S + start_s) * C, grad, offs_s, offs_c, S - start_s, C)
+    tl.store(partial_ptr + tl.program_id(0) * C + offs_c, tl.sum(total, axis=0), mask=offs_c < C)
 
 
 @triton.jit
@@ -110,27 +113,23 @@ def _grad_activation_kernel(
     partial_ptr,
     n_rows,
     F: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Recomputes hidden from pre (both (n_rows, F)); grad_ptr holds d hidden, replaced by d pre; each slab's sum of d
-    pre goes to partial (slabs, F). grid (slabs, blocks of F)."""
+    """Recomputes hidden from pre (both (n_rows, F)); grad_ptr holds d hidden, replaced by d pre; each split's sum of d
+    pre goes to partial (splits, F). grid (splits, blocks of F)."""
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    mask_f = offs_f < F
     total = tl.zeros([BLOCK_M, BLOCK_F], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
         offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-        mask = (offs_m < n_rows)[:, None] & mask_f[None, :]
-        offs = offs_m[:, None] * F + offs_f[None, :]
-        pre = tl.load(pre_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        hidden, grad_pre, _ = mlp._activate_backward(pre, pre, grad, ACTIVATION, EXACT)
+        pre = load_matrix(pre_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
+        grad = load_matrix(grad_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
+        hidden, grad_pre = mlp.activate_backward(pre, grad, EXACT)
         total += grad_pre
-        tl.store(hidden_ptr + offs, round_to(hidden, hidden_ptr.dtype.element_ty), mask=mask)
-        tl.store(grad_ptr + offs, round_to(grad_pre, grad_ptr.dtype.element_ty), mask=mask)
-    tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=mask_f)
+        store_matrix(hidden_ptr, hidden, offs_m, offs_f, n_rows, F)
+        store_matrix(grad_ptr, grad_pre, offs_m, offs_f, n_rows, F)
+    tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=offs_f < F)
 
 
 def unsupported_reason(
@@ -176,20 +175,19 @@ def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     flat_y, bias2 = y.view(batch, c_out, -1), bias2.contiguous()
     residual = None if residual is None else residual.reshape(batch, c_out, -1)
     if _is_fused(x, weight2, dtype, FUSED_CHANNELS):
-        weights = _operand(weight1, dtype), bias1.contiguous(), None, _operand(weight2, dtype), bias2
-        mlp.fused_forward(rows, *weights, residual, flat_y, "gelu")
+        weights = _operand(weight1, dtype), bias1.contiguous(), _operand(weight2, dtype), bias2
+        mlp.fused_forward(rows, *weights, residual, flat_y)
         return
     if pre is None:
         pre = x.new_empty((rows.shape[0], weight1.shape[0]), dtype=dtype)
     torch.addmm(bias1.to(dtype), rows, weight1.to(dtype).t(), out=pre)
     product = torch.mm(torch.nn.functional.gelu(pre), weight2.to(dtype).t())
-    positions, chosen = flat_y.shape[2], config.transposing(c_out)
-    blocks_s = cdiv(positions, chosen["BLOCK_S"])
-    strides = (0, 0, 0) if residual is None else residual.stride()
+    positions, config = flat_y.shape[2], table.transposing(c_out)
+    blocks_s = cdiv(positions, config["BLOCK_S"])
     launch(
         _finish_kernel,
-        (batch * blocks_s, cdiv(c_out, chosen["BLOCK_C"])),
-        chosen,
+        (batch * blocks_s, cdiv(c_out, config["BLOCK_C"])),
+        config,
         like=x,
         product_ptr=product,
         bias_ptr=bias2,
@@ -197,11 +195,8 @@ def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
         y_ptr=y,
         S=positions,
         blocks_s=blocks_s,
-        stride_residual_b=strides[0],
-        stride_residual_c=strides[1],
-        stride_residual_s=strides[2],
+        **strides("residual", residual, "bcs"),
         C=c_out,
-        HAS_RESIDUAL=residual is not None,
     )
 
 
@@ -222,11 +217,9 @@ def _backward(grads, needs, x, weight1, bias1, weight2, bias2, residual, dtype, 
             rows,
             _operand(weight1, dtype),
             bias1.contiguous(),
-            None,
             _operand(weight2, dtype),
             grad_x.view(rows.shape) if need_x else None,
             [found[i] for i in (0, 2, 1, 3)] if need_weights else None,
-            "gelu",
         )
         return grad_x, *(found or [None] * 4), grad_residual
     if pre is None:
@@ -249,14 +242,14 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """grad_y (B, C_out, S) by strides as rows (B·S, C_out), and partial sums of its columns."""
     batch, c_out, positions = grad_y.shape
     rows = torch.empty((batch * positions, c_out), dtype=dtype, device=grad_y.device)
-    chosen = config.transposing(c_out)
-    blocks_s, blocks_c = cdiv(positions, chosen["BLOCK_S"]), cdiv(c_out, chosen["BLOCK_C"])
-    slabs = config.slabs(runtime.sm_count(grad_y.device), batch * blocks_s, blocks_c)
-    partial = torch.empty((slabs, c_out), dtype=torch.float32, device=grad_y.device)
+    config = table.transposing(c_out)
+    blocks_s, blocks_c = cdiv(positions, config["BLOCK_S"]), cdiv(c_out, config["BLOCK_C"])
+    splits = table.splits(runtime.sm_count(grad_y.device), batch * blocks_s, blocks_c)
+    partial = torch.empty((splits, c_out), dtype=torch.float32, device=grad_y.device)
     launch(
         _to_rows_kernel,
-        (slabs, blocks_c),
-        chosen,
+        (splits, blocks_c),
+        config,
         like=grad_y,
         grad_y_ptr=grad_y,
         rows_ptr=rows,
@@ -264,9 +257,7 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         S=positions,
         blocks_s=blocks_s,
         n_tiles=batch * blocks_s,
-        stride_grad_y_b=grad_y.stride(0),
-        stride_grad_y_c=grad_y.stride(1),
-        stride_grad_y_s=grad_y.stride(2),
+        **strides("grad_y", grad_y, "bcs"),
         C=c_out,
     )
     return rows, partial
@@ -276,14 +267,14 @@ def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden units, and partial sums of d pre; `grad` is d hidden and is overwritten with d pre."""
     n_rows, hidden_units = pre.shape
     hidden = torch.empty_like(grad)
-    chosen = config.pointwise(hidden_units)
-    blocks_f = cdiv(hidden_units, chosen["BLOCK_F"])
-    slabs = config.slabs(runtime.sm_count(pre.device), cdiv(n_rows, chosen["BLOCK_M"]), blocks_f)
-    partial = torch.empty((slabs, hidden_units), dtype=torch.float32, device=pre.device)
+    config = table.pointwise(hidden_units)
+    blocks_f = cdiv(hidden_units, config["BLOCK_F"])
+    splits = table.splits(runtime.sm_count(pre.device), cdiv(n_rows, config["BLOCK_M"]), blocks_f)
+    partial = torch.empty((splits, hidden_units), dtype=torch.float32, device=pre.device)
     launch(
         _grad_activation_kernel,
-        (slabs, blocks_f),
-        chosen,
+        (splits, blocks_f),
+        config,
         like=pre,
         pre_ptr=pre,
         grad_ptr=grad,
@@ -291,7 +282,6 @@ def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
         partial_ptr=partial,
         n_rows=n_rows,
         F=hidden_units,
-        ACTIVATION="gelu",
         EXACT=pre.dtype == torch.float32,
     )
     return hidden, partial

@@ -21,8 +21,9 @@ within a phase it is a stride-1 convolution with ceil(k/s) taps.
 from torch import Tensor
 
 from fastblocks.kernels import runtime
-from fastblocks.kernels.convnext import config
+from fastblocks.kernels.convnext import config as table
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import strides, times
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -125,9 +126,6 @@ def _conv_kernel(
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    KEEP: tl.constexpr,
     TAPS: tl.constexpr,
     VECTOR: tl.constexpr,
     INDEX_INT64: tl.constexpr,
@@ -138,9 +136,10 @@ def _conv_kernel(
 ):
     """grid (B · blocks_h · blocks_w · phases, blocks of C), phases fastest (1 unless TRANSPOSED).
 
-    x, y: (B, C, H, W) by strides. weight: (C, taps) by strides. With NORMALIZE a block holds all channels and y is
-    contiguous (B, H_OUT, W_OUT, C); KEEP stores normalized (x̂) and rstd. TAPS: of a kernel row, unrolled at a time.
-    VECTOR: consecutive positions in one load, 1 for any strides. RUN: consecutive outputs that share inputs.
+    x, y: (B, C, H, W) by strides. weight: (C, taps) by strides. With norm_weight a block holds all channels, and y is
+    normalized over them; normalized (x̂, laid out as y) and rstd are stored where there is memory for them. TAPS: of a
+    kernel row, unrolled at a time. VECTOR: consecutive positions in one load, 1 for any strides. RUN: consecutive
+    outputs that share inputs.
     """
     STEP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE_H  # in x, from one output of a phase to the next
     STEP_W: tl.constexpr = 1 if TRANSPOSED else STRIDE_W
@@ -188,7 +187,7 @@ def _conv_kernel(
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
     x_ptr += batch * stride_x_b
-    offs_xc = offs_c.to(tl.int64) * stride_x_c if INDEX_INT64 else offs_c * stride_x_c
+    offs_xc = times(offs_c, stride_x_c, INDEX_INT64)
     weight_ptrs = weight_ptr + offs_c * stride_weight_c
 
     acc = ()  # RUN tiles [BLOCK_C, BLOCK_H * BLOCK_W]
@@ -200,7 +199,7 @@ def _conv_kernel(
         h = offs_h * STEP_H + (first_h + j_h)
         kernel_h = tap_h + j_h * SIGN_H
         mask_h = (h >= 0) & (h < H) & (kernel_h < KERNEL_H)
-        offs_xh = h.to(tl.int64) * stride_x_h if INDEX_INT64 else h * stride_x_h
+        offs_xh = times(h, stride_x_h, INDEX_INT64)
         weights = ()
         valid = ()
         for v in tl.static_range(VECTORS):
@@ -213,7 +212,7 @@ def _conv_kernel(
             else:
                 w = offs_w * STEP_W + (first_w + j_w + v)
                 mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
-                offs_xw = w.to(tl.int64) * stride_x_w if INDEX_INT64 else w * stride_x_w
+                offs_xw = times(w, stride_x_w, INDEX_INT64)
                 offs = offs_xc[:, None] + (offs_xh + offs_xw)[None, :]
                 parts = (tl.load(x_ptr + offs, mask=mask, other=0.0),)
             for e in tl.static_range(VECTOR):
@@ -230,33 +229,27 @@ def _conv_kernel(
                     acc = _accumulate(acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS, GUARD, RUN)
 
     u = _pack(acc, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
-    if HAS_BIAS:
+    if bias_ptr is not None:
         u += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None, None]
     h = (offs_h * GAP_H + phase_h)[:, None]
     w = (offs_w[:, None] + tl.arange(0, RUN)[None, :]) * GAP_W + phase_w  # [BLOCK_H * BLOCK_W, RUN]
     mask_q = (h < H_OUT) & (w < W_OUT)
     mask = mask_c[:, None, None] & mask_q[None, :, :]
-    if NORMALIZE:
+    offs_y = times(h, stride_y_h, INDEX_INT64) + times(w, stride_y_w, INDEX_INT64)
+    offs_y = offs_y[None, :, :] + times(offs_c, stride_y_c, INDEX_INT64)[:, None, None]
+    if norm_weight_ptr is not None:
         mean = tl.sum(u, axis=0) / C  # masked channels are 0
         u = tl.where(mask_c[:, None, None], u - mean[None, :, :], 0.0)
         rstd = 1.0 / tl.sqrt_rn(tl.sum(u * u, axis=0) / C + eps)
         u *= rstd[None, :, :]
-        rows = (batch * H_OUT + h) * W_OUT + w
-        offs = rows[None, :, :] * C + offs_c[:, None, None]
-        if KEEP:
-            tl.store(rstd_ptr + rows, rstd, mask=mask_q)
-            tl.store(normalized_ptr + offs, round_to(u, normalized_ptr.dtype.element_ty), mask=mask)
+        if rstd_ptr is not None:
+            tl.store(rstd_ptr + batch * H_OUT * W_OUT + h * W_OUT + w, rstd, mask=mask_q)
+            normalized_ptr += batch * stride_y_b
+            tl.store(normalized_ptr + offs_y, round_to(u, normalized_ptr.dtype.element_ty), mask=mask)
         norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
-    else:
-        y_ptr += batch * stride_y_b
-        if INDEX_INT64:
-            offs_y = (h.to(tl.int64) * stride_y_h + w.to(tl.int64) * stride_y_w)[None, :, :]
-            offs = offs_y + (offs_c.to(tl.int64) * stride_y_c)[:, None, None]
-        else:
-            offs = (h * stride_y_h + w * stride_y_w)[None, :, :] + (offs_c * stride_y_c)[:, None, None]
-    tl.store(y_ptr + offs, round_to(u, y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + batch * stride_y_b + offs_y, round_to(u, y_ptr.dtype.element_ty), mask=mask)
 
 
 def vector_of(x: Tensor, aligned_width: int) -> int:
@@ -276,26 +269,27 @@ def vector_of(x: Tensor, aligned_width: int) -> int:
 def convolve(
     x: Tensor,
     weight: Tensor,
-    weight_strides: tuple[int, int],
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     y: Tensor,
-    normalized: Tensor | None,
-    rstd: Tensor | None,
     *,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     transposed: bool,
-    normalize: bool,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    normalized: Tensor | None = None,
+    rstd: Tensor | None = None,
     eps: float = 0.0,
 ) -> None:
-    """Launches the kernel on (B, C, H, W) views of x and y; with `normalize`, y's memory is (B, H', W', C)."""
+    """Launches the kernel on x and y, (B, C, H, W), and weight, (C, taps), all by strides.
+
+    With norm_weight the result is normalized; x̂, where it is kept, and y then have the memory layout (B, H', W', C).
+    """
     batch, channels, height, width = x.shape
     height_out, width_out = y.shape[2:]
     gaps = stride if transposed else (1, 1)
     vector = vector_of(x, width) if stride == (1, 1) else 1
-    chosen = config.depthwise_conv(
+    config = table.depthwise_conv(
         runtime.architecture(x.device),
         runtime.sm_count(x.device),
         batch=batch,
@@ -304,15 +298,15 @@ def convolve(
         itemsize=x.element_size(),
         vector=vector,
         strided=stride != (1, 1),
-        all_channels=normalize,
+        all_channels=norm_weight is not None,
     )
-    blocks_h = -(-height_out // (gaps[0] * chosen["BLOCK_H"]))
-    blocks_w = -(-width_out // (gaps[1] * chosen["BLOCK_W"] * chosen["RUN"]))
-    grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // chosen["BLOCK_C"]))
+    blocks_h = -(-height_out // (gaps[0] * config["BLOCK_H"]))
+    blocks_w = -(-width_out // (gaps[1] * config["BLOCK_W"] * config["RUN"]))
+    grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // config["BLOCK_C"]))
     launch(
         _conv_kernel,
         grid,
-        chosen,
+        config,
         like=x,
         x_ptr=x,
         weight_ptr=weight,
@@ -328,16 +322,9 @@ def convolve(
         W_OUT=width_out,
         blocks_h=blocks_h,
         blocks_w=blocks_w,
-        stride_x_b=x.stride(0),
-        stride_x_c=x.stride(1),
-        stride_x_h=x.stride(2),
-        stride_x_w=x.stride(3),
-        stride_y_b=y.stride(0),
-        stride_y_c=y.stride(1),
-        stride_y_h=y.stride(2),
-        stride_y_w=y.stride(3),
-        stride_weight_c=weight_strides[0],
-        stride_weight_k=weight_strides[1],
+        **strides("x", x, "bchw"),
+        **strides("y", y, "bchw"),
+        **strides("weight", weight, "ck"),
         eps=eps,
         C=channels,
         KERNEL_H=kernel[0],
@@ -345,9 +332,6 @@ def convolve(
         STRIDE_H=stride[0],
         STRIDE_W=stride[1],
         TRANSPOSED=transposed,
-        NORMALIZE=normalize,
-        HAS_BIAS=bias is not None,
-        KEEP=rstd is not None,
         TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
         VECTOR=vector,
         INDEX_INT64=max(span(x), span(y)) >= 2**31,

@@ -12,21 +12,27 @@ the weights' gradient needs anyway.
 Bytes per position and channel: du's pass reads dy and x̂ and writes du; the second reads x and du and writes dx.
 
 Sums over positions: every program adds its share in registers, in the order of its tiles, and writes it to its own
-row of a buffer; `_sum_slabs_kernel` adds the rows in order. No atomics: the same bits every time.
+row of a buffer; `_sum_splits_kernel` adds the rows in order. No atomics: the same bits every time.
 """
 
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import runtime
-from fastblocks.kernels.convnext import config
+from fastblocks.kernels.convnext import config as table
 from fastblocks.kernels.convnext.depthwise import _pack, _unpack, convolve, span, vector_of
 from fastblocks.kernels.launch import launch
+from fastblocks.kernels.matrix import load_matrix, store_matrix, strides, times
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
 # Most taps whose sums a program of the weights' gradient holds: 8 tiles of 8 float32 are 64 registers per thread.
 MAX_TAPS = 8
+
+
+@triton.jit
+def _store(ptr, offs, x, mask):
+    tl.store(ptr + offs, round_to(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -42,7 +48,7 @@ def _norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_u (rows, C), and partial (programs, 3, C): each program's sums of dy · x̂, dy and du. grid (programs,)."""
+    """grad_u (rows, C), and partial (splits, 3, C): each split's sums of dy · x̂, dy and du. grid (splits,)."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
@@ -51,12 +57,9 @@ def _norm_backward_kernel(
     sum_u = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(0)):
         rows = tl.arange(0, BLOCK_M).to(tl.int64) + block * BLOCK_M
-        mask_m = rows < n_rows
-        mask = mask_m[:, None] & mask_c[None, :]
-        offs = rows[:, None] * C + offs_c[None, :]
-        grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        normalized = tl.load(normalized_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + rows, mask=mask_m, other=0.0)[:, None]
+        grad = load_matrix(grad_y_ptr, rows, offs_c, n_rows, C).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        normalized = load_matrix(normalized_ptr, rows, offs_c, n_rows, C).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
         sum_weight += grad * normalized
         sum_bias += grad
         grad *= norm_weight
@@ -64,7 +67,7 @@ def _norm_backward_kernel(
         slope = tl.sum(grad * normalized, axis=1)[:, None] / C
         grad_u = tl.where(mask_c[None, :], (grad - mean - normalized * slope) * rstd, 0.0)
         sum_u += grad_u  # rows beyond the last have rstd 0
-        tl.store(grad_u_ptr + offs, round_to(grad_u, grad_u_ptr.dtype.element_ty), mask=mask)
+        store_matrix(grad_u_ptr, grad_u, rows, offs_c, n_rows, C)
     partial_ptr += tl.program_id(0) * 3 * C + offs_c
     tl.store(partial_ptr, tl.sum(sum_weight, axis=0), mask=mask_c)
     tl.store(partial_ptr + C, tl.sum(sum_bias, axis=0), mask=mask_c)
@@ -85,7 +88,7 @@ def _grad_weight_kernel(
     blocks_h,
     blocks_w,
     n_tiles,
-    n_slabs,
+    n_splits,
     stride_x_b,
     stride_x_c,
     stride_x_h,
@@ -101,7 +104,6 @@ def _grad_weight_kernel(
     STRIDE_W: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TAPS: tl.constexpr,
-    GRAD_X: tl.constexpr,
     VECTOR: tl.constexpr,
     INDEX_INT64: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -109,11 +111,11 @@ def _grad_weight_kernel(
     BLOCK_W: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Sums of x · du for TAPS taps of one kernel row, over one slab of positions; GRAD_X: also the gradient of x.
+    """Sums of x · du for TAPS taps of one kernel row, over one split of positions; grad_x, too, where wanted.
 
-    grid (slabs · phases · kernel rows · chunks of TAPS, blocks of C), chunks fastest. x, grad_x: (B, C, H, W) by
-    strides. grad_u: (B, H_OUT, W_OUT, C). weight: (taps, C). partial: (phases, slabs, rows, taps of a phase, C)
-    float32. The slabs share the n_tiles tiles of positions in turn. VECTOR, RUN: as in `depthwise`.
+    grid (splits · phases · kernel rows · chunks of TAPS, blocks of C), chunks fastest. x, grad_x: (B, C, H, W) by
+    strides. grad_u: (B, H_OUT, W_OUT, C). weight: (taps, C). partial: (splits, taps, C) float32. The splits share the
+    n_tiles tiles of positions in turn. VECTOR, RUN: as in `depthwise`.
     """
     # Positions and taps as in the convolution of the other mode, which is the gradient of x: from x to u.
     STEP_H: tl.constexpr = STRIDE_H if TRANSPOSED else 1
@@ -134,7 +136,7 @@ def _grad_weight_kernel(
     pid = pid // ALL_TAPS_H
     phase_w = pid % GAP_W
     phase_h = pid // GAP_W % GAP_H
-    slab = pid // (GAP_W * GAP_H)
+    split = pid // (GAP_W * GAP_H)
     if TRANSPOSED:
         first_h = tap_h - PAD_H
         first_w = tap_w - PAD_W
@@ -149,20 +151,26 @@ def _grad_weight_kernel(
         stride_x_b = stride_x_b // VECTOR * VECTOR
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
-    offs_xc = offs_c.to(tl.int64) * stride_x_c if INDEX_INT64 else offs_c * stride_x_c
+    offs_xc = times(offs_c, stride_x_c, INDEX_INT64)
+    if TRANSPOSED:
+        kernel_h = tap_h
+    else:
+        kernel_h = (phase_h + PAD_H) % GAP_H + (ALL_TAPS_H - 1 - tap_h) * GAP_H
     sums = ()
+    kernel_ws = ()
     weights = ()
     for j in tl.static_range(TAPS):
         sums = sums + (tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32),)
-        if GRAD_X:
-            if TRANSPOSED:
-                kernel_w = tap_w + j
-            else:
-                kernel_w = (phase_w + PAD_W) % GAP_W + (ALL_TAPS_W - 1 - j) * GAP_W
+        if TRANSPOSED:
+            kernel_w = tap_w + j
+        else:
+            kernel_w = (phase_w + PAD_W) % GAP_W + (ALL_TAPS_W - 1 - tap_w - j) * GAP_W
+        kernel_ws = kernel_ws + (kernel_w,)
+        if grad_x_ptr is not None:
             weight = tl.load(weight_ptr + kernel_w * C + offs_c, mask=mask_c & (kernel_w < KERNEL_W), other=0.0)
             weights = weights + (weight.to(tl.float32)[:, None],)
 
-    for tile in range(slab, n_tiles, n_slabs):
+    for tile in range(split, n_tiles, n_splits):
         start_w = tile % blocks_w * (BLOCK_W * RUN)
         start_h = tile // blocks_w % blocks_h * BLOCK_H
         batch = (tile // (blocks_w * blocks_h)).to(tl.int64)
@@ -170,7 +178,7 @@ def _grad_weight_kernel(
         q_w = start_w + offs_q % BLOCK_W * RUN
         h = q_h * GAP_H + phase_h
         mask_h = h < H
-        offs_h = h.to(tl.int64) * stride_x_h if INDEX_INT64 else h * stride_x_h
+        offs_h = times(h, stride_x_h, INDEX_INT64)
         x_batch_ptr = x_ptr + batch * stride_x_b
         if VECTOR > 1:
             mask = mask_c[:, None] & (mask_h & (q_w < W))[None, :]
@@ -180,7 +188,7 @@ def _grad_weight_kernel(
             runs = ()
             for f in tl.static_range(RUN):
                 w = (q_w + f) * GAP_W + phase_w
-                offs_w = w.to(tl.int64) * stride_x_w if INDEX_INT64 else w * stride_x_w
+                offs_w = times(w, stride_x_w, INDEX_INT64)
                 mask = mask_c[:, None] & (mask_h & (w < W))[None, :]
                 offs = offs_xc[:, None] + (offs_h + offs_w)[None, :]
                 runs = runs + (tl.load(x_batch_ptr + offs, mask=mask, other=0.0),)
@@ -188,13 +196,13 @@ def _grad_weight_kernel(
         mask_u = mask_h & (u_h >= 0) & (u_h < H_OUT)
         u_batch_ptr = grad_u_ptr + batch * H_OUT * W_OUT * C
         grad_x = ()
-        if GRAD_X:
+        if grad_x_ptr is not None:
             for _ in tl.static_range(RUN):
                 grad_x = grad_x + (tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32),)
         for d in tl.static_range(SPAN):
             u_w = q_w * STEP_W + (first_w + d)
             mask = mask_c[:, None] & (mask_u & (u_w >= 0) & (u_w < W_OUT))[None, :]
-            row = u_h.to(tl.int64) * W_OUT + u_w if INDEX_INT64 else u_h * W_OUT + u_w
+            row = times(u_h, W_OUT, INDEX_INT64) + u_w
             grad_u = tl.load(u_batch_ptr + offs_c[:, None] + (row * C)[None, :], mask=mask, other=0.0).to(tl.float32)
             updated_sums = ()
             for j in tl.static_range(TAPS):
@@ -204,7 +212,7 @@ def _grad_weight_kernel(
                         total += runs[f].to(tl.float32) * grad_u
                 updated_sums = updated_sums + (total,)
             sums = updated_sums
-            if GRAD_X:
+            if grad_x_ptr is not None:
                 updated = ()
                 for f in tl.static_range(RUN):
                     total = grad_x[f]
@@ -217,86 +225,62 @@ def _grad_weight_kernel(
                                 total += grad_u * weights[j]
                     updated = updated + (total,)
                 grad_x = updated
-        if GRAD_X:
+        if grad_x_ptr is not None:
             total = _pack(grad_x, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
             w = (q_w[:, None] + tl.arange(0, RUN)[None, :]) * GAP_W + phase_w
             mask = mask_c[:, None, None] & (mask_h[:, None] & (w < W))[None, :, :]
-            if INDEX_INT64:
-                offs = h.to(tl.int64)[:, None] * stride_grad_x_h + w.to(tl.int64) * stride_grad_x_w
-                offs = offs[None, :, :] + (offs_c.to(tl.int64) * stride_grad_x_c)[:, None, None]
-            else:
-                offs = h[:, None] * stride_grad_x_h + w * stride_grad_x_w
-                offs = offs[None, :, :] + (offs_c * stride_grad_x_c)[:, None, None]
-            tl.store(
-                grad_x_ptr + batch * stride_grad_x_b + offs, round_to(total, grad_x_ptr.dtype.element_ty), mask=mask
-            )
+            offs = times(h, stride_grad_x_h, INDEX_INT64)[:, None] + times(w, stride_grad_x_w, INDEX_INT64)
+            offs = offs[None, :, :] + times(offs_c, stride_grad_x_c, INDEX_INT64)[:, None, None]
+            _store(grad_x_ptr + batch * stride_grad_x_b, offs, total, mask)
 
-    partial_ptr += ((((phase_h * GAP_W + phase_w) * n_slabs + slab) * ALL_TAPS_H + tap_h) * ALL_TAPS_W + tap_w) * C
+    partial_ptr += (split * KERNEL_H + kernel_h) * KERNEL_W * C + offs_c
     for j in tl.static_range(TAPS):
-        tl.store(partial_ptr + j * C + offs_c, tl.sum(sums[j], axis=1), mask=mask_c & (tap_w + j < ALL_TAPS_W))
+        is_tap = (kernel_h < KERNEL_H) & (kernel_ws[j] >= 0) & (kernel_ws[j] < KERNEL_W)
+        tl.store(partial_ptr + kernel_ws[j] * C, tl.sum(sums[j], axis=1), mask=mask_c & is_tap)
 
 
 @triton.jit
-def _sum_slabs_kernel(
+def _sum_splits_kernel(
     weight_partial_ptr,
     norm_partial_ptr,
     grad_weight_ptr,
     grad_norm_weight_ptr,
     grad_norm_bias_ptr,
     grad_bias_ptr,
-    weight_slabs,
-    norm_slabs,
+    weight_splits,
+    norm_splits,
     C: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    GAP_H: tl.constexpr,
-    GAP_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the slabs' partial sums of the two kernels above. grid (taps + 3, blocks of C)."""
-    TAPS: tl.constexpr = KERNEL_H * KERNEL_W
-    TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
-    TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
+    """Adds the splits' partial sums of the two kernels above. grid (TAPS + 3, blocks of C)."""
     column = tl.program_id(0)  # a tap, or beyond them norm_weight, norm_bias, bias
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if column < TAPS:
-        h = column // KERNEL_W
-        w = column % KERNEL_W
-        if TRANSPOSED:
-            phase = 0
-            tap = column
-        else:
-            phase = (h + KERNEL_H * GAP_H - KERNEL_H // 2) % GAP_H * GAP_W
-            phase += (w + KERNEL_W * GAP_W - KERNEL_W // 2) % GAP_W
-            tap = (TAPS_H - 1 - h // GAP_H) * TAPS_W + TAPS_W - 1 - w // GAP_W
-        source_ptr = weight_partial_ptr + (phase * weight_slabs * (TAPS_H * TAPS_W) + tap) * C
-        stride = TAPS_H * TAPS_W * C
-        n_slabs = weight_slabs
+        source_ptr = weight_partial_ptr + column * C
+        stride = TAPS * C
+        n_splits = weight_splits
     else:
         source_ptr = norm_partial_ptr + (column - TAPS) * C
         stride = 3 * C
-        n_slabs = norm_slabs
+        n_splits = norm_splits
     total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    for start in range(0, n_slabs, BLOCK_S):
-        slabs = start + tl.arange(0, BLOCK_S)
-        mask = (slabs < n_slabs)[:, None] & mask_c[None, :]
-        total += tl.load(source_ptr + slabs[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+    for start in range(0, n_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        mask = (splits < n_splits)[:, None] & mask_c[None, :]
+        total += tl.load(source_ptr + splits[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
     result = tl.sum(total, axis=0)
     if column < TAPS:
-        tl.store(
-            grad_weight_ptr + offs_c * TAPS + column, round_to(result, grad_weight_ptr.dtype.element_ty), mask=mask_c
-        )
+        _store(grad_weight_ptr, offs_c * TAPS + column, result, mask_c)
     if column == TAPS:
-        tl.store(grad_norm_weight_ptr + offs_c, round_to(result, grad_norm_weight_ptr.dtype.element_ty), mask=mask_c)
+        _store(grad_norm_weight_ptr, offs_c, result, mask_c)
     if column == TAPS + 1:
-        tl.store(grad_norm_bias_ptr + offs_c, round_to(result, grad_norm_bias_ptr.dtype.element_ty), mask=mask_c)
-    if HAS_BIAS:  # a constexpr: without a bias its pointer is None
+        _store(grad_norm_bias_ptr, offs_c, result, mask_c)
+    if grad_bias_ptr is not None:
         if column == TAPS + 2:
-            tl.store(grad_bias_ptr + offs_c, round_to(result, grad_bias_ptr.dtype.element_ty), mask=mask_c)
+            _store(grad_bias_ptr, offs_c, result, mask_c)
 
 
 def backward(
@@ -323,13 +307,13 @@ def backward(
     architecture, sm_count = runtime.architecture(x.device), runtime.sm_count(x.device)
 
     rows = rstd.numel()
-    chosen, programs = config.norm_backward(architecture, sm_count, channels=channels, rows=rows)
+    config, norm_splits = table.norm_backward(architecture, sm_count, channels=channels, rows=rows)
     grad_u = torch.empty_like(grad_y)
-    norm_partial = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
+    norm_partial = torch.empty((norm_splits, 3, channels), dtype=torch.float32, device=x.device)
     launch(
         _norm_backward_kernel,
-        (programs,),
-        chosen,
+        (norm_splits,),
+        config,
         like=x,
         grad_y_ptr=grad_y,
         normalized_ptr=normalized,
@@ -347,7 +331,7 @@ def backward(
     parts = gaps[0] * gaps[1] * taps_h * -(-taps_w // taps)
     vector = vector_of(x, width) if gaps[1] == 1 else 1
     fused = grad_x is not None and kernel[0] == 1 and stride[0] == 1 and taps == taps_w
-    chosen, slabs = config.grad_weight(
+    config, splits = table.grad_weight(
         architecture,
         sm_count,
         batch=batch,
@@ -356,17 +340,15 @@ def backward(
         parts=parts,
         fused=fused,
     )
-    vector = chosen["RUN"] if vector >= chosen["RUN"] else 1
-    grad_x_strides = grad_x.stride() if fused else (0, 0, 0, 0)
-    blocks_h = -(-height // (gaps[0] * chosen["BLOCK_H"]))
-    blocks_w = -(-width // (gaps[1] * chosen["BLOCK_W"] * chosen["RUN"]))
-    weight_partial = torch.empty(
-        (gaps[0] * gaps[1], slabs, taps_h * taps_w, channels), dtype=torch.float32, device=x.device
-    )
+    vector = config["RUN"] if vector >= config["RUN"] else 1
+    blocks_h = -(-height // (gaps[0] * config["BLOCK_H"]))
+    blocks_w = -(-width // (gaps[1] * config["BLOCK_W"] * config["RUN"]))
+    taps_all = kernel[0] * kernel[1]
+    weight_partial = torch.empty((splits, taps_all, channels), dtype=torch.float32, device=x.device)
     launch(
         _grad_weight_kernel,
-        (parts * slabs, cdiv(channels, chosen["BLOCK_C"])),
-        chosen,
+        (parts * splits, cdiv(channels, config["BLOCK_C"])),
+        config,
         like=x,
         x_ptr=x,
         grad_u_ptr=grad_u,
@@ -380,15 +362,9 @@ def backward(
         blocks_h=blocks_h,
         blocks_w=blocks_w,
         n_tiles=batch * blocks_h * blocks_w,
-        n_slabs=slabs,
-        stride_x_b=x.stride(0),
-        stride_x_c=x.stride(1),
-        stride_x_h=x.stride(2),
-        stride_x_w=x.stride(3),
-        stride_grad_x_b=grad_x_strides[0],
-        stride_grad_x_c=grad_x_strides[1],
-        stride_grad_x_h=grad_x_strides[2],
-        stride_grad_x_w=grad_x_strides[3],
+        n_splits=splits,
+        **strides("x", x, "bchw"),
+        **strides("grad_x", grad_x if fused else None, "bchw"),
         C=channels,
         KERNEL_H=kernel[0],
         KERNEL_W=kernel[1],
@@ -396,32 +372,18 @@ def backward(
         STRIDE_W=stride[1],
         TRANSPOSED=transposed,
         TAPS=taps,
-        GRAD_X=fused,
         VECTOR=vector,
         INDEX_INT64=max(span(x), height_out * width_out * channels) >= 2**31,
     )
     if grad_x is not None and not fused:
-        convolve(
-            grad_u.permute(0, 3, 1, 2),
-            weight,
-            (1, channels),
-            None,
-            None,
-            None,
-            grad_x,
-            None,
-            None,
-            kernel=kernel,
-            stride=stride,
-            transposed=not transposed,
-            normalize=False,
-        )
+        gradient = grad_u.permute(0, 3, 1, 2)
+        convolve(gradient, weight.t(), grad_x, kernel=kernel, stride=stride, transposed=not transposed)
 
-    chosen = config.sum_slabs(channels)
+    config = table.sum_splits(channels)
     launch(
-        _sum_slabs_kernel,
-        (kernel[0] * kernel[1] + 3, cdiv(channels, chosen["BLOCK_C"])),
-        chosen,
+        _sum_splits_kernel,
+        (taps_all + 3, cdiv(channels, config["BLOCK_C"])),
+        config,
         like=x,
         weight_partial_ptr=weight_partial,
         norm_partial_ptr=norm_partial,
@@ -429,13 +391,8 @@ def backward(
         grad_norm_weight_ptr=grad_norm_weight,
         grad_norm_bias_ptr=grad_norm_bias,
         grad_bias_ptr=grad_bias,
-        weight_slabs=slabs,
-        norm_slabs=programs,
+        weight_splits=splits,
+        norm_splits=norm_splits,
         C=channels,
-        KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1],
-        GAP_H=gaps[0],
-        GAP_W=gaps[1],
-        TRANSPOSED=transposed,
-        HAS_BIAS=grad_bias is not None,
+        TAPS=taps_all,
     )

@@ -68,26 +68,21 @@ def _outputs(x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes,
 def _forward(outputs, x, weight, bias, norm_weight, norm_bias, stride, transposed, sizes, eps, dtype, keep):
     y, normalized, rstd = outputs
     x, batch, channels = _planes(x), x.shape[0], x.shape[1]
-    kernel, (height, width) = _pair(weight.shape[2:]), _pair(sizes)
-    taps = kernel[0] * kernel[1]
+    weight_matrix = weight.reshape(channels, -1).contiguous()
     if x.stride(3) != 1 and x.stride(1) == 1:  # channels last: adjacent threads take adjacent channels
-        weight, weight_strides = weight.reshape(channels, taps).t().contiguous(), (1, channels)
-    else:
-        weight, weight_strides = weight.reshape(channels, taps).contiguous(), (taps, 1)
+        weight_matrix = weight_matrix.t().contiguous().t()
     depthwise.convolve(
         x,
-        weight,
-        weight_strides,
-        None if bias is None else bias.contiguous(),
-        norm_weight.contiguous(),
-        norm_bias.contiguous(),
-        y.view(batch, height, width, channels).permute(0, 3, 1, 2),
-        normalized,
-        rstd,
-        kernel=kernel,
+        weight_matrix,
+        y.view(batch, *_pair(sizes), channels).permute(0, 3, 1, 2),
+        kernel=_pair(weight.shape[2:]),
         stride=_pair(stride),
         transposed=transposed,
-        normalize=True,
+        bias=None if bias is None else bias.contiguous(),
+        norm_weight=norm_weight.contiguous(),
+        norm_bias=norm_bias.contiguous(),
+        normalized=normalized,
+        rstd=rstd,
         eps=eps,
     )
 

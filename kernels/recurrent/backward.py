@@ -25,14 +25,13 @@ from fastblocks.kernels.recurrent.cell import (
     unpack,
 )
 from fastblocks.kernels.recurrent.forward import (
-    KEEP_GATES,
+    Inputs,
     at_least,
     forward,
+    launch_arguments,
     outputs,
-    precision_of,
     quad_weight,
     sizes_of,
-    tile_of,
 )
 from fastblocks.kernels.recurrent.weights import weight_gradients
 from fastblocks.kernels.reduce import sum_rows
@@ -62,9 +61,9 @@ def _grouped_rnn_backward_kernel(
     groups,
     partial_size,
     H: tl.constexpr,
-    UNITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     I: tl.constexpr,
-    FANS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     PACK: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     LSTM: tl.constexpr,
@@ -76,7 +75,7 @@ def _grouped_rnn_backward_kernel(
     STAGES: tl.constexpr,
 ):
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
-    UNITS, and I inputs, padded to FANS.
+    BLOCK_H, and I inputs, padded to BLOCK_I.
 
     gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two), or None: recompute them.
     cell_ptr: (G, B·T, N, H). FUSED: fills grad_x (N, B, T, G·I), a tensor per direction, and row `tile` of partial
@@ -84,8 +83,8 @@ def _grouped_rnn_backward_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     GATES: tl.constexpr = 4 if LSTM else 3
-    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
-    X_SHAPE: tl.constexpr = (PACK * FANS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * FANS)
+    SHAPE: tl.constexpr = (PACK * BLOCK_H, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * BLOCK_H)
+    X_SHAPE: tl.constexpr = (PACK * BLOCK_I, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * BLOCK_I)
     WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
     RECOMPUTE: tl.constexpr = gates_ptr is None  # the gates, from x and y, which are kept anyway
     packs = groups // PACK
@@ -97,11 +96,11 @@ def _grouped_rnn_backward_kernel(
     start = direction * (length - 1)
 
     offs_b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_u = tl.arange(0, PACK * UNITS)
+    offs_u = tl.arange(0, PACK * BLOCK_H)
     inside = across(offs_b, not TRANSPOSED) < batch
-    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)
-    unit = across(offs_u % UNITS, TRANSPOSED)
-    member = group + across(offs_u // UNITS, TRANSPOSED)
+    row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row again
+    unit = across(offs_u % BLOCK_H, TRANSPOSED)
+    member = group + across(offs_u // BLOCK_H, TRANSPOSED)
     mask_u = unit < H
     mask = inside & mask_u
     stride_x_t = groups * I
@@ -117,28 +116,32 @@ def _grouped_rnn_backward_kernel(
         gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
     if cell_ptr is not None:
         cell_ptrs = cell_ptr + kept_row * H + unit
-    u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, not TRANSPOSED, DTYPE)
+    u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, not TRANSPOSED, DTYPE)
     if FUSED:
-        offs_i = tl.arange(0, PACK * FANS)
-        fan = across(offs_i % FANS, TRANSPOSED)
-        mask_i = fan < I
-        index_i = (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
+        offs_i = tl.arange(0, PACK * BLOCK_I)
+        feature = across(offs_i % BLOCK_I, TRANSPOSED)
+        mask_i = feature < I
+        index_i = (group + across(offs_i // BLOCK_I, TRANSPOSED)) * I + feature
         x_ptrs = x_ptr + row * length * stride_x_t + index_i
         grad_x_ptrs = grad_x_ptr + (direction * batch + row) * length * stride_x_t + index_i
-        w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, not TRANSPOSED, DTYPE)
+        w_back = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, not TRANSPOSED, DTYPE)
         if RECOMPUTE:
-            w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
-            u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
-        grad_w0 = tl.zeros((PACK * FANS, PACK * UNITS), tl.float32)
+            w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, TRANSPOSED, DTYPE)
+            u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, TRANSPOSED, DTYPE)
+        grad_w0 = tl.zeros((PACK * BLOCK_I, PACK * BLOCK_H), tl.float32)
         grad_w1 = grad_w0
         grad_w2 = grad_w0
         grad_w3 = grad_w0
-        grad_u0 = tl.zeros((PACK * UNITS, PACK * UNITS), tl.float32)
+        grad_u0 = tl.zeros((PACK * BLOCK_H, PACK * BLOCK_H), tl.float32)
         grad_u1 = grad_u0
         grad_u2 = grad_u0
         grad_u3 = grad_u0
     else:
         grad_preactivations_ptrs = grad_preactivations_words_ptr + (kept_row * H + unit) * WORDS
+
+    HOLD_FIRST: tl.constexpr = h_first_ptr is not None and not LSTM  # which has no registers left to hold it
+    if HOLD_FIRST:
+        h_first = round_to(load_float(h_first_ptr + state_index, mask), DTYPE)
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
@@ -169,12 +172,14 @@ def _grouped_rnn_backward_kernel(
         t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
         later = prepared > 0  # the state before the first step is h_first, not in y
         grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
-        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask & later, other=0.0)
+        mask_h = mask if HOLD_FIRST else mask & later
+        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask_h, other=0.0)
         if h_first_ptr is not None:
-            h_first = round_to(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
+            if not HOLD_FIRST:
+                h_first = round_to(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
-            x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, FANS != I), DTYPE)
+            x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
         if LSTM:  # c is the last iteration's c_prev, but carrying it over would end the pipelining of loads
             c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
             c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
@@ -182,7 +187,7 @@ def _grouped_rnn_backward_kernel(
                 c_first = round_to(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
                 c_before = tl.where(later, c_before, c_first)
         if not RECOMPUTE:
-            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, BLOCK_H != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)
             h_prev = h_before
             if FUSED:
@@ -255,96 +260,78 @@ def _grouped_rnn_backward_kernel(
     if FUSED:
         # This tile's share of the weights' gradients: weight_ih, then weight_hh.
         ptr = partial_ptr + tile.to(tl.int64) * partial_size
-        store_weights(ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
+        store_weights(ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
         ptr += groups * DIRECTIONS * GATES * H * I
-        store_weights(ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
+        store_weights(ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
 
 
 def backward(
     grad_y: Tensor | None,
     grad_h_last: Tensor | None,
     grad_c_last: Tensor | None,
-    x: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    h_first: Tensor | None,
-    c_first: Tensor | None,
+    given: Inputs,
     y: Tensor,
     gates: Tensor | None,
     cell: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight_ih, weight_hh, bias_ih, bias_hh, h_first and c_first, in their dtypes, or None."""
-    dtype = y.dtype
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
+    """Gradients of the inputs, in their dtypes, or None."""
+    x, weight_ih, h_first, dtype = given.x, given.weight_ih, given.h_first, y.dtype
+    sizes = sizes_of(given, dtype)
+    directions, groups, lstm, fused = sizes.directions, sizes.groups, sizes.lstm, sizes.fused
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    recompute = gates is None
-    if recompute and not fused:
-        again = outputs(x, weight_ih, weight_hh, bias_ih, dtype, KEEP_GATES)
-        forward(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, *again)
+    if gates is None and not fused:
+        again = outputs(given, dtype, keep_gates=True, keep_cell=True)
+        forward(given, *again)
         *_, gates, cell = again
-        recompute = False
-    tile = tile_of(groups, inputs, hidden)
-    units, float32 = tile["PACK"] * tile["UNITS"], dtype == torch.float32
-    config = at_least(table.time_loop(units, lstm, True, fused, float32, h_first is not None))
-    tiles = cdiv(batch, config["BLOCK_B"])
-    grad_x = grad_preactivations = partial = None
+    shared = launch_arguments(given, sizes, y, gates, cell)
+    units, given_state = shared["PACK"] * shared["BLOCK_H"], h_first is not None
+    config = at_least(table.time_loop(units, lstm, True, fused, dtype == torch.float32, given_state))
+    tiles = cdiv(sizes.batch, config["BLOCK_B"])
+    grads = [torch.empty_like(weight) for weight in (weight_ih, given.weight_hh)]
+    grad_x = grad_preactivations = partial = grad_h_first = None
     if fused:
-        grad_x = x.new_empty(directions, batch, length, groups * inputs)
-        partial = x.new_empty(tiles, weight_ih.numel() + weight_hh.numel(), dtype=torch.float32)
+        grad_x = x.new_empty(directions, *x.shape)
+        partial = x.new_empty(tiles, sum(grad.numel() for grad in grads), dtype=torch.float32)
     else:
         grad_preactivations = torch.empty_like(gates)
-    grad_h_first = x.new_empty(directions, batch, groups * hidden, dtype=torch.float32) if h_first is not None else None
-    grad_c_first = torch.empty_like(grad_h_first) if c_first is not None else None
+    if given_state:
+        grad_h_first = torch.empty_like(h_first, dtype=torch.float32)
+    grad_c_first = torch.empty_like(grad_h_first) if given.c_first is not None else None
     launch(
         _grouped_rnn_backward_kernel,
-        (groups // tile["PACK"] * directions * tiles,),
+        (groups // shared["PACK"] * directions * tiles,),
         config,
         like=x,
+        **shared,
         grad_y_ptr=grad_y,
         grad_h_last_ptr=grad_h_last,
         grad_c_last_ptr=grad_c_last,
-        x_ptr=x,
-        weight_ih_ptr=weight_ih,
-        weight_hh_ptr=weight_hh,
-        h_first_ptr=h_first,
-        c_first_ptr=c_first,
-        gates_ptr=None if recompute else gates.view(torch.int64),
-        cell_ptr=cell,
-        y_ptr=y,
         grad_x_ptr=grad_x,
         grad_preactivations_words_ptr=None if grad_preactivations is None else grad_preactivations.view(torch.int64),
         partial_ptr=partial,
         grad_h_first_ptr=grad_h_first,
         grad_c_first_ptr=grad_c_first,
-        batch=batch,
-        length=length,
-        groups=groups,
         partial_size=0 if partial is None else partial.shape[1],
-        DIRECTIONS=directions,
-        LSTM=lstm,
-        FUSED=fused,
-        **tile,
-        **precision_of(x, dtype),
         STAGES=config.num_stages,
     )
-    grads = [torch.empty_like(weight) for weight in (weight_ih, weight_hh)]
     grad_biases = (None, None)
     if fused:
         grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]
         sum_rows(partial, grads)
     else:
-        weight = quad_weight(weight_ih, hidden, dtype).transpose(1, 2)
-        rows = torch.bmm(grad_preactivations.view(groups, batch * length, -1), weight)  # (G, B·T, I)
+        weight = quad_weight(weight_ih, sizes.hidden, dtype).transpose(1, 2)
+        rows = torch.bmm(grad_preactivations.flatten(2), weight)  # (G, B·T, I)
         grad_x = rows.transpose(0, 1).reshape(x.shape).to(x.dtype)
-        weight_gradients(x, y, h_first, grad_preactivations, *grads, precision_of(x, dtype)["PRECISION"])
-        if bias_ih is not None:
+        weight_gradients(x, y, h_first, grad_preactivations, *grads, shared["PRECISION"])
+        if given.bias_ih is not None:
             quads = grad_preactivations.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
             of_gates = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])
-            grad_biases = [g.reshape(b.shape).to(b.dtype) for g, b in zip(of_gates, (bias_ih, bias_hh), strict=True)]
+            grad_biases = [
+                grad.reshape(bias.shape).to(bias.dtype)
+                for grad, bias in zip(of_gates, (given.bias_ih, given.bias_hh), strict=True)
+            ]
     grad_states = [
         None if grad is None else grad.to(state.dtype)
-        for grad, state in ((grad_h_first, h_first), (grad_c_first, c_first))
+        for grad, state in ((grad_h_first, h_first), (grad_c_first, given.c_first))
     ]
     return grad_x, *grads, *grad_biases, *grad_states

@@ -1,10 +1,10 @@
 """Parts of the recurrent kernels: packed weight tiles, products in either orientation, gates.
 
-A tile packs groups side by side, each with its H hidden units padded to UNITS (and I inputs to FANS), so that small
-groups still fill a tensor core's tile: its weights are block-diagonal, with zeros off the diagonal that are never read.
-Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four preactivations per unit
-and step, because a GRU's n needs `U_n h + c_n` (c_n the bias) apart from W_n x: that is its number 3. A GRU's tuples of
-four weights repeat the third.
+A tile packs groups side by side, each with its H hidden units padded to BLOCK_H (and I inputs to BLOCK_I), so that
+small groups still fill a tensor core's tile: its weights are block-diagonal, with zeros off the diagonal that are never
+read. Gates are numbered as torch orders them: r, z, n of a GRU; i, f, g, o of an LSTM. Both need four preactivations
+per unit and step, because a GRU's n needs `U_n h + c_n` (c_n the bias) apart from W_n x: that is its number 3. A GRU's
+tuples of four weights repeat the third.
 
 TRANSPOSED tiles have the batch in columns: the weights are then the first operand of a product, and 8 rows of batch
 fill a tensor core's instruction instead of 16.
@@ -64,22 +64,32 @@ def across(vector, ROWS: tl.constexpr):
 
 @triton.jit
 def weight_index(
-    first, offs_u, offs_k, H, UNITS, K, FANS, GATES: tl.constexpr, UNITS_FIRST: tl.constexpr
+    first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES: tl.constexpr, UNITS_FIRST: tl.constexpr
 ):  # fmt: skip
     """Offsets into (N·G, GATES·H, K), and their mask; `first` is direction · G + group of the tile's first group."""
     u = across(offs_u, UNITS_FIRST)
     k = across(offs_k, not UNITS_FIRST)
-    mask = (u // UNITS == k // FANS) & (u % UNITS < H) & (k % FANS < K)
-    return ((first + u // UNITS) * (GATES * H) + u % UNITS) * K + k % FANS, mask
+    mask = (u // BLOCK_H == k // BLOCK_K) & (u % BLOCK_H < H) & (k % BLOCK_K < K)
+    return ((first + u // BLOCK_H) * (GATES * H) + u % BLOCK_H) * K + k % BLOCK_K, mask
 
 
 @triton.jit
 def load_weights(
-    ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr
+    ptr,
+    first,
+    offs_u,
+    offs_k,
+    H,
+    BLOCK_H,
+    K,
+    BLOCK_K,
+    LSTM: tl.constexpr,
+    UNITS_FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """The weight tiles of all gates, block-diagonal: [units, k] if UNITS_FIRST, else [k, units]."""
     GATES: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, UNITS_FIRST)
+    index, mask = weight_index(first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES, UNITS_FIRST)
     w0 = round_to(tl.load(ptr + index, mask=mask, other=0.0), DTYPE)
     w1 = round_to(tl.load(ptr + index + H * K, mask=mask, other=0.0), DTYPE)
     w2 = round_to(tl.load(ptr + index + 2 * H * K, mask=mask, other=0.0), DTYPE)
@@ -91,7 +101,7 @@ def load_weights(
 
 @triton.jit
 def load_biases(
-    bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
+    bias_ih_ptr, bias_hh_ptr, first, offs_u, H, BLOCK_H, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
     """The bias of each of the four preactivations; zeros where there are no biases."""
     GATES: tl.constexpr = 4 if LSTM else 3
@@ -100,8 +110,8 @@ def load_biases(
         b0 = tl.zeros(unit.shape, tl.float32)
         return b0, b0, b0, b0
     else:
-        index = (first + unit // UNITS) * (GATES * H) + unit % UNITS
-        mask = unit % UNITS < H
+        index = (first + unit // BLOCK_H) * (GATES * H) + unit % BLOCK_H
+        mask = unit % BLOCK_H < H
         b0 = load_float(bias_ih_ptr + index, mask) + load_float(bias_hh_ptr + index, mask)
         b1 = load_float(bias_ih_ptr + index + H, mask) + load_float(bias_hh_ptr + index + H, mask)
         b2 = load_float(bias_ih_ptr + index + 2 * H, mask)
@@ -221,10 +231,10 @@ def state_preactivations(
 
 
 @triton.jit
-def store_weights(ptr, first, offs_u, offs_k, H, UNITS, K, FANS, LSTM: tl.constexpr, tiles):
+def store_weights(ptr, first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, LSTM: tl.constexpr, tiles):
     """Store the diagonal blocks of [k, units] tiles, gate by gate."""
     GATES: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, UNITS, K, FANS, GATES, False)
+    index, mask = weight_index(first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES, False)
     tl.store(ptr + index, tiles[0], mask=mask)
     tl.store(ptr + index + H * K, tiles[1], mask=mask)
     tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)

@@ -3,6 +3,7 @@
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,10 +41,6 @@ LEAST_COLUMNS = 8 if runtime.VERSION >= (3, 6) else 16
 # PTX: tools that execute Triton's IR cannot run it and may set this to False.
 HARDWARE_TANH = True
 
-# What the forward pass keeps for backward besides x and y: nothing; a fused LSTM's cells; the gates, and an LSTM's
-# cells.
-KEEP_NOTHING, KEEP_LITTLE, KEEP_GATES = 0, 1, 2
-
 
 @triton.jit(do_not_specialize=["batch", "length", "groups"])
 def _grouped_rnn_forward_kernel(
@@ -63,9 +60,9 @@ def _grouped_rnn_forward_kernel(
     length,
     groups,
     H: tl.constexpr,
-    UNITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     I: tl.constexpr,
-    FANS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
     PACK: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     LSTM: tl.constexpr,
@@ -78,7 +75,7 @@ def _grouped_rnn_forward_kernel(
     STAGES: tl.constexpr,
 ):
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
-    UNITS, and I inputs, padded to FANS.
+    BLOCK_H, and I inputs, padded to BLOCK_I.
 
     gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two). Unless FUSED it holds W x;
     with KEEP it is filled with the gates, in place. cell_ptr: (G, B·T, N, H) or None. STAGES: of the time loop's
@@ -86,7 +83,7 @@ def _grouped_rnn_forward_kernel(
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
-    SHAPE: tl.constexpr = (PACK * UNITS, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * UNITS)
+    SHAPE: tl.constexpr = (PACK * BLOCK_H, BLOCK_B) if TRANSPOSED else (BLOCK_B, PACK * BLOCK_H)
     packs = groups // PACK
     group = tl.program_id(0) % packs * PACK
     direction = tl.program_id(0) // packs % DIRECTIONS
@@ -95,10 +92,10 @@ def _grouped_rnn_forward_kernel(
     start = direction * (length - 1)
 
     offs_b = tl.program_id(0) // (packs * DIRECTIONS) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_u = tl.arange(0, PACK * UNITS)
+    offs_u = tl.arange(0, PACK * BLOCK_H)
     row = across(tl.minimum(offs_b, batch - 1).to(tl.int64), not TRANSPOSED)  # past the batch: its last row again
-    unit = across(offs_u % UNITS, TRANSPOSED)
-    member = group + across(offs_u // UNITS, TRANSPOSED)
+    unit = across(offs_u % BLOCK_H, TRANSPOSED)
+    member = group + across(offs_u // BLOCK_H, TRANSPOSED)
     mask_u = unit < H
     mask = (across(offs_b, not TRANSPOSED) < batch) & mask_u
     channel = (member * DIRECTIONS + direction) * H + unit
@@ -110,18 +107,18 @@ def _grouped_rnn_forward_kernel(
     state_index = (direction * batch + row) * groups * H + member * H + unit
     kept_row = (member * batch + row) * length * DIRECTIONS + direction
     if FUSED:
-        offs_i = tl.arange(0, PACK * FANS)
-        fan = across(offs_i % FANS, TRANSPOSED)
-        mask_i = fan < I
-        x_ptrs = x_ptr + row * length * stride_x_t + (group + across(offs_i // FANS, TRANSPOSED)) * I + fan
-        w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, UNITS, I, FANS, LSTM, TRANSPOSED, DTYPE)
+        offs_i = tl.arange(0, PACK * BLOCK_I)
+        feature = across(offs_i % BLOCK_I, TRANSPOSED)
+        mask_i = feature < I
+        x_ptrs = x_ptr + row * length * stride_x_t + (group + across(offs_i // BLOCK_I, TRANSPOSED)) * I + feature
+        w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, TRANSPOSED, DTYPE)
     if gates_ptr is not None:
         gates_ptrs = gates_ptr + (kept_row * H + unit) * WORDS
     if cell_ptr is not None:
         cell_ptrs = cell_ptr + kept_row * H + unit
     if not FUSED:
-        biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, UNITS, LSTM, TRANSPOSED)
-    u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, UNITS, H, UNITS, LSTM, TRANSPOSED, DTYPE)
+        biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, BLOCK_H, LSTM, TRANSPOSED)
+    u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, TRANSPOSED, DTYPE)
 
     h = tl.zeros(SHAPE, tl.float32)
     c = tl.zeros(SHAPE, tl.float32)
@@ -134,16 +131,16 @@ def _grouped_rnn_forward_kernel(
     # loaded) during step s.
     t = start.to(tl.int64)
     if FUSED:
-        x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, FANS != I), DTYPE)
+        x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
         s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
     rounded = round_to(h, DTYPE)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
         if FUSED:
             ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
-            x = round_to(load_padded(x_ptrs + ahead * stride_x_t, mask_i, FANS != I), DTYPE)
+            x = round_to(load_padded(x_ptrs + ahead * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
         else:
-            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, UNITS != H, DTYPE)
+            low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, BLOCK_H != H, DTYPE)
             s0, s1, s2, s3 = unpack(low, high, DTYPE)
             s0 += biases[0]
             s1 += biases[1]
@@ -179,7 +176,7 @@ def tile_of(groups: int, inputs: int, hidden: int) -> dict[str, int]:
     while 2 * pack * width <= 16 and groups % (2 * pack) == 0 and 2 * pack * depth <= most:
         pack *= 2
     least = 16 // pack
-    return {"H": hidden, "UNITS": max(width, least), "I": inputs, "FANS": max(depth, least), "PACK": pack}
+    return {"H": hidden, "BLOCK_H": max(width, least), "I": inputs, "BLOCK_I": max(depth, least), "PACK": pack}
 
 
 def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
@@ -189,20 +186,53 @@ def precision_of(x: Tensor, dtype: torch.dtype) -> dict[str, str]:
     return {"ACTIVATION": "hardware" if hardware else "fast", "PRECISION": "ieee"}
 
 
-def sizes_of(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype
-) -> tuple[int, int, int, int, int, int, bool, bool]:
-    """B, T, N, G, I, H; whether this is an LSTM; whether the projection is fused into the loop."""
-    batch, length, _ = x.shape
-    directions, groups, rows, inputs = weight_ih.shape
-    hidden = weight_hh.shape[3]
+class Inputs(NamedTuple):
+    """The operator's tensors; contiguous, where a kernel reads them."""
+
+    x: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    h_first: Tensor | None
+    c_first: Tensor | None
+
+
+class Sizes(NamedTuple):
+    batch: int
+    length: int
+    directions: int
+    groups: int
+    inputs: int
+    hidden: int
+    lstm: bool
+    fused: bool  # the projection of x is computed in the time loop
+
+
+def sizes_of(given: Inputs, dtype: torch.dtype) -> Sizes:
+    directions, groups, rows, inputs = given.weight_ih.shape
+    hidden = given.weight_hh.shape[3]
     limit = FUSED_LIMIT_FLOAT32 if dtype == torch.float32 else FUSED_LIMIT
-    fused = max(inputs, hidden) <= limit and bias_ih is None
-    return batch, length, directions, groups, inputs, hidden, rows == 4 * hidden, fused
+    fused = max(inputs, hidden) <= limit and given.bias_ih is None
+    return Sizes(*given.x.shape[:2], directions, groups, inputs, hidden, rows == 4 * hidden, fused)
 
 
-def keeps_cell(keep: int, fused: bool, lstm: bool) -> bool:
-    return lstm and (keep == KEEP_GATES or (fused and keep == KEEP_LITTLE))
+def launch_arguments(given: Inputs, sizes: Sizes, y: Tensor, gates: Tensor | None, cell: Tensor | None) -> dict:
+    """What the two kernels of the time loop share, by name."""
+    return {
+        **{f"{name}_ptr": tensor for name, tensor in given._asdict().items() if not name.startswith("bias")},
+        "gates_ptr": None if gates is None else gates.view(torch.int64),
+        "cell_ptr": cell,
+        "y_ptr": y,
+        "batch": sizes.batch,
+        "length": sizes.length,
+        "groups": sizes.groups,
+        "DIRECTIONS": sizes.directions,
+        "LSTM": sizes.lstm,
+        "FUSED": sizes.fused,
+        **tile_of(sizes.groups, sizes.inputs, sizes.hidden),
+        **precision_of(given.x, y.dtype),
+    }
 
 
 def quad_weight(weight_ih: Tensor, hidden: int, dtype: torch.dtype) -> Tensor:
@@ -226,68 +256,45 @@ def at_least(config: LaunchConfig) -> LaunchConfig:
 
 
 def outputs(
-    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, dtype: torch.dtype, keep: int
+    given: Inputs, dtype: torch.dtype, keep_gates: bool, keep_cell: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Allocate y, the final h and c (a GRU has no c), and what is kept: gates, cell; None where there is nothing."""
-    batch, length, directions, groups, _, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
-    state, cell = (directions, batch, groups * hidden), (groups, batch * length, directions, hidden)
+    sizes = sizes_of(given, dtype)
+    x, batch, directions, groups = given.x, sizes.batch, sizes.directions, sizes.groups
+    state = (directions, batch, groups * sizes.hidden)
+    cell = (groups, batch * sizes.length, directions, sizes.hidden)
     return (
-        x.new_empty((batch, length, groups * directions * hidden), dtype=dtype),
+        x.new_empty((batch, sizes.length, groups * directions * sizes.hidden), dtype=dtype),
         x.new_empty(state, dtype=dtype),
-        x.new_empty(state, dtype=dtype) if lstm else None,
-        x.new_empty((*cell, 4), dtype=dtype) if keep == KEEP_GATES else None,
-        x.new_empty(cell, dtype=dtype) if keeps_cell(keep, fused, lstm) else None,
+        x.new_empty(state, dtype=dtype) if sizes.lstm else None,
+        x.new_empty((*cell, 4), dtype=dtype) if keep_gates else None,
+        x.new_empty(cell, dtype=dtype) if keep_cell and sizes.lstm else None,
     )
 
 
 def forward(
-    x: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    h_first: Tensor | None,
-    c_first: Tensor | None,
-    y: Tensor,
-    h_last: Tensor,
-    c_last: Tensor | None,
-    gates: Tensor | None,
-    cell: Tensor | None,
+    given: Inputs, y: Tensor, h_last: Tensor, c_last: Tensor | None, gates: Tensor | None, cell: Tensor | None
 ) -> None:
     """Fills what `outputs` allocated; gates and cells are kept where there is memory for them."""
-    dtype, keep_gates = y.dtype, gates is not None
-    batch, length, directions, groups, inputs, hidden, lstm, fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)
-    if not fused:
+    x, dtype, keep_gates, sizes = given.x, y.dtype, gates is not None, sizes_of(given, y.dtype)
+    if not sizes.fused:
+        rows = sizes.batch * sizes.length
         if not keep_gates:
-            gates = x.new_empty((groups, batch * length, directions, hidden, 4), dtype=dtype)
-        project(x, quad_weight(weight_ih, hidden, dtype), out=gates.view(groups, batch * length, -1))
-    tile = tile_of(groups, inputs, hidden)
-    config = at_least(table.time_loop(tile["PACK"] * tile["UNITS"], lstm, False, fused, dtype == torch.float32))
+            gates = x.new_empty((sizes.groups, rows, sizes.directions, sizes.hidden, 4), dtype=dtype)
+        project(x, quad_weight(given.weight_ih, sizes.hidden, dtype), out=gates.view(sizes.groups, rows, -1))
+    shared = launch_arguments(given, sizes, y, gates, cell)
+    units = shared["PACK"] * shared["BLOCK_H"]
+    config = at_least(table.time_loop(units, sizes.lstm, False, sizes.fused, dtype == torch.float32))
     launch(
         _grouped_rnn_forward_kernel,
-        (groups // tile["PACK"] * directions * cdiv(batch, config["BLOCK_B"]),),
+        (sizes.groups // shared["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),),
         config,
         like=x,
-        x_ptr=x,
-        weight_ih_ptr=weight_ih,
-        weight_hh_ptr=weight_hh,
-        bias_ih_ptr=bias_ih,
-        bias_hh_ptr=bias_hh,
-        h_first_ptr=h_first,
-        c_first_ptr=c_first,
-        gates_ptr=None if gates is None else gates.view(torch.int64),
-        cell_ptr=cell,
-        y_ptr=y,
+        **shared,
+        bias_ih_ptr=given.bias_ih,
+        bias_hh_ptr=given.bias_hh,
         h_last_ptr=h_last,
         c_last_ptr=c_last,
-        batch=batch,
-        length=length,
-        groups=groups,
-        DIRECTIONS=directions,
-        LSTM=lstm,
-        FUSED=fused,
         KEEP=keep_gates,
-        **tile,
-        **precision_of(x, dtype),
         STAGES=config.num_stages,
     )

@@ -31,7 +31,7 @@ from torch import Tensor
 from fastblocks.eager import recurrent as eager
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.recurrent import backward, config, forward
-from fastblocks.kernels.recurrent.forward import KEEP_GATES, KEEP_LITTLE, KEEP_NOTHING, sizes_of
+from fastblocks.kernels.recurrent.forward import Inputs, sizes_of
 from fastblocks.kernels.runtime import architecture
 
 __all__ = ["grouped_gru", "grouped_lstm", "unsupported_reason"]
@@ -60,9 +60,7 @@ def unsupported_reason(
         return "the tensors are not on one device"
     hidden, largest = weight_hh.shape[3], config.largest_hidden(architecture(x.device), dtype == torch.float32)
     if hidden > largest:
-        return (
-            f"hidden size {hidden} is over {largest}: weights that do not stay on the chip are the library's strength"
-        )
+        return f"hidden size {hidden} is above {largest}: PyTorch's own RNN runs instead"
     return ""
 
 
@@ -95,30 +93,25 @@ def grouped_lstm(
     return y, (h, c)
 
 
-def _what_is_kept(fused: bool, keep_gates: bool | None, keep: bool) -> int:
-    """The gates are kept only where they are in memory anyway, unless the caller says otherwise."""
-    if not keep:
-        return KEEP_NOTHING
-    return KEEP_GATES if (not fused if keep_gates is None else keep_gates) else KEEP_LITTLE
-
-
-def _outputs(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates, keep):
-    fused = sizes_of(x, weight_ih, weight_hh, bias_ih, dtype)[-1]
-    return forward.outputs(x, weight_ih, weight_hh, bias_ih, dtype, _what_is_kept(fused, keep_gates, keep))
+def _outputs(*arguments):
+    *tensors, dtype, keep_gates, keep = arguments
+    sizes = sizes_of(Inputs(*tensors), dtype)
+    gates_are_kept = keep and (not sizes.fused if keep_gates is None else keep_gates)
+    return forward.outputs(Inputs(*tensors), dtype, gates_are_kept, keep and (gates_are_kept or sizes.fused))
 
 
 def _dense(tensors) -> list[Tensor | None]:
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def _forward(outputs, x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates, keep):
-    inputs = _dense((x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first))
-    forward.forward(*inputs, *outputs)
+def _forward(outputs, *arguments):
+    *tensors, _, _, _ = arguments
+    forward.forward(Inputs(*_dense(tensors)), *outputs)
 
 
 def _backward(grads, needs, *arguments):
-    *inputs, _, _, y, gates, cell = arguments
-    return backward.backward(*_dense(grads), *_dense(inputs), y, gates, cell)
+    *tensors, _, _, y, gates, cell = arguments
+    return backward.backward(*_dense(grads), Inputs(*_dense(tensors)), y, gates, cell)
 
 
 def _formula(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates):

@@ -235,7 +235,7 @@ def test_infinite_gradients_stay_in_their_windows(name, device):
     ids=["1-D", "stride", "2-D, transposed"],
 )
 def test_many_partial_sums(case, device, poison, monkeypatch):
-    """As on a large GPU: more slabs than the kernel that adds them up takes at a time."""
+    """As on a large GPU: more splits than the kernel that adds them up takes at a time."""
     from fastblocks.kernels import runtime
 
     monkeypatch.setattr(runtime, "sm_count", lambda device: 132)

@@ -109,7 +109,7 @@ def test_without_residual(way, device, poison):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_many_partial_sums(dtype, way, device, poison, monkeypatch):
-    """As on a large GPU: more slabs than the kernel that adds them up takes at a time."""
+    """As on a large GPU: more splits than the kernel that adds them up takes at a time."""
     from fastblocks.kernels import runtime
 
     monkeypatch.setattr(runtime, "sm_count", lambda device: 132)
@@ -168,34 +168,6 @@ def test_second_derivatives(device):
             gradients.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_same_kernels_gated(dtype, device, poison):
-    """SwiGLU without biases, hidden width no multiple of anything, rows in and rows out."""
-    from fastblocks.kernels.convnext import mlp
-
-    channels, hidden, n = 24, 65, 70
-    x, gate, up, down = (
-        t.to(device, dtype)
-        for t in (
-            torch.randn(n, channels),
-            torch.randn(hidden, channels) / channels**0.5,
-            torch.randn(hidden, channels) / channels**0.5,
-            torch.randn(channels, hidden) / hidden**0.5,
-        )
-    )
-    residual = torch.randn(n, channels, device=device).to(dtype)
-    y = torch.empty_like(x)
-    mlp.fused_forward(x, gate, None, up, down, None, residual.mT[None], y.mT[None], "swiglu")
-    inputs = [t.double().requires_grad_() for t in (x, gate, up, down)]
-    want = reference.swiglu_mlp(*inputs) + residual.double()
-    grad = cotangent(y)
-    wants = torch.autograd.grad(want, inputs, grad.double())
-    grad_x, *grads = (torch.empty_like(t) for t in (x, gate, down, up))
-    mlp.fused_backward(grad.mT[None], x, gate, None, up, down, grad_x, grads, "swiglu")
-    for got, exact in zip((y, grad_x, *grads), (want, wants[0], wants[1], wants[3], wants[2]), strict=True):
-        assert_close(got, exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
