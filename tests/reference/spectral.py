@@ -75,12 +75,15 @@ def mel_filterbank(sr: int, n_fft: int, bands: int) -> np.ndarray:
 
 
 def linear_filterbank(n_fft: int, bands: int) -> np.ndarray:
-    """(K, F): triangles over whole bins, rising to 1 and falling to 0 with both ends included."""
+    """(K, F): triangles over whole bins, rising to 1 and falling to 0 with both ends included; nothing where one of
+    the sides has no bin."""
     bins = n_fft // 2 + 1
     edges = np.linspace(0, bins, bands + 2).astype(int)
     result = np.zeros((bands, bins))
     for k in range(bands):
         low, mid, high = edges[k : k + 3]
+        if low == mid or mid == high:
+            continue
         result[k, low:mid] = [i / (mid - low - 1) if mid - low > 1 else 0 for i in range(mid - low)]
         result[k, mid:high] = [1 - i / (high - mid - 1) if high - mid > 1 else 1 for i in range(high - mid)]
     return result
