@@ -26,7 +26,7 @@ _find_kernels()
 
 from fastblocks import functional
 from fastblocks.backend import explain, use_backend
-from fastblocks.convert import convert
+from fastblocks.convert import conversion_report, convert
 from fastblocks.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from fastblocks.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from fastblocks.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -53,6 +53,7 @@ __all__ = [
     "MultiScaleDiscriminator",
     "RNNBlock",
     "RoFormerBlock",
+    "conversion_report",
     "convert",
     "explain",
     "functional",
