@@ -16,8 +16,8 @@ class Foreign(Exception):
     """A block of a known name and another build; the message says what is different."""
 
 
-class Undecided(Exception):
-    """A block that can only be swapped for one that computes something else; the message asks."""
+class Refused(Exception):
+    """A block that looks like ours and cannot be swapped as it is; the message says why, or asks for a decision."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Adapter:
 
     Args:
         block: the class that takes the place.
-        read: constructor arguments of a block; raises Foreign, Undecided.
+        read: constructor arguments of a block; raises Foreign, Refused.
         calls: how a block with these arguments is called, for the comparison.
         claims: whether a module of the name is of this adapter's kind, where there is more than one.
         adopt: moves what is no parameter and no persistent buffer: called with the original and its replacement.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from fastblocks.convert.adapter import Call
+from fastblocks.convert.adapter import Call, Foreign, Refused
 
 # Originals may round to float32 on the way (rotary positions, spectra): seen 2e-7. What has to be seen is larger: tanh
 # instead of erf in a GELU 1e-4, another eps of a norm 1e-3 at the second of SCALES.
@@ -23,36 +23,42 @@ HOOKS = (
 )  # fmt: skip
 
 
-def unlike(original: nn.Module, replacement: nn.Module, calls: list[Call], new_keys: frozenset[str]) -> str:
-    """The first difference that can be seen without computing; empty if there is none."""
-    return (
-        _other_state(original, replacement, new_keys)
+def require_alike(original: nn.Module, replacement: nn.Module, calls: list[Call], new_keys: frozenset[str]) -> None:
+    """Raise Foreign for another state_dict, Refused for any other difference that can be seen without computing."""
+    name = f"fastblocks.{type(replacement).__name__}"
+    if differing := _other_keys(original, replacement, new_keys):
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise Foreign(f"its state_dict is not that of {name}: {'; '.join(differing[:3])}{more}")
+    if difference := (
+        _other_buffers(original, replacement, new_keys)
         or _other_settings(original, replacement)
         or _other_signature(original, replacement, calls)
-    )
+    ):
+        raise Refused(difference)
 
 
-def _other_state(original: nn.Module, replacement: nn.Module, new_keys: frozenset[str]) -> str:
+def _other_keys(original: nn.Module, replacement: nn.Module, new_keys: frozenset[str]) -> list[str]:
     have, want = original.state_dict(keep_vars=True), replacement.state_dict(keep_vars=True)
-    parameters = [set(dict(module.named_parameters(remove_duplicate=False))) for module in (original, replacement)]
+    learnt = [set(dict(module.named_parameters(remove_duplicate=False))) for module in (original, replacement)]
     differing = []
     for key in sorted((have.keys() | want.keys()) - new_keys):
         if key not in have or key not in want:
             differing.append(f"'{key}' is {'not in it' if key in want else 'only in it'}")
         elif have[key].shape != want[key].shape:
             differing.append(f"'{key}' is {tuple(have[key].shape)}, not {tuple(want[key].shape)}")
-        elif (key in parameters[0]) != (key in parameters[1]):
-            differing.append(f"'{key}' is {'a parameter' if key in parameters[0] else 'a buffer'}")
-        elif key.endswith(("weight_u", "weight_v")) or key in parameters[1]:
-            continue  # learnt
-        elif not _same(have[key], want[key]):
-            differing.append(f"'{key}' has other values")
-    if not differing:
-        return ""
-    name = type(replacement).__name__
-    return f"its state_dict is not that of fastblocks.{name}: {'; '.join(differing[:3])}" + (
-        f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    )
+        elif (key in learnt[0]) != (key in learnt[1]):
+            differing.append(f"'{key}' is {'a parameter' if key in learnt[0] else 'a buffer'}")
+    return differing
+
+
+def _other_buffers(original: nn.Module, replacement: nn.Module, new_keys: frozenset[str]) -> str:
+    """Buffers that the arguments decide; the vectors of spectral norm are learnt."""
+    have, learnt = original.state_dict(keep_vars=True), dict(replacement.named_parameters(remove_duplicate=False))
+    for key, want in replacement.state_dict(keep_vars=True).items():
+        decided = key not in learnt and key not in new_keys and not key.endswith(("weight_u", "weight_v"))
+        if decided and not _same(have[key], want):
+            return f"its buffer '{key}' has other values than these arguments give"
+    return ""
 
 
 def _same(have: Tensor, want: Tensor) -> bool:
@@ -110,42 +116,41 @@ def _other_signature(original: nn.Module, replacement: nn.Module, calls: list[Ca
     return ""
 
 
-def disagreement(original: nn.Module, replacement: nn.Module, calls: list[Call]) -> tuple[str, float]:
+def compare(original: nn.Module, replacement: nn.Module, calls: list[Call]) -> float:
     """Run both in float64 on the CPU with the same random weights and inputs: training mode with gradients of the
     input at the first of SCALES, evaluation mode at the second.
 
     The original is copied; the replacement is used up: its parameters and buffers are left as they came out.
 
     Returns:
-        What is different, empty if nothing is; and the largest relative error.
+        The largest relative difference.
+
+    Raises:
+        Refused: if one is larger than TOLERANCE, or either does not run.
     """
     if any(tensor.is_meta for tensor in (*original.parameters(), *original.buffers())):
-        return "it is on the meta device, where nothing can be compared", 0.0
+        raise Refused("it is on the meta device, where nothing can be compared; check=False swaps it as it is")
     try:
         twin = _twin(original)
     except Exception as problem:
-        return f"it cannot be copied to be compared: {_line(problem)}", 0.0
+        raise Refused(f"it cannot be copied to be compared: {_line(problem)}") from problem
     replacement.double().requires_grad_(False)
     worst = 0.0
     for train, (weights, biases, inputs) in zip((True, False), SCALES, strict=True):
         _randomize(twin, weights, biases)
         replacement.load_state_dict(twin.state_dict())
         for call in calls:
-            outcomes = []
-            for who, module in (("the original", twin), ("fastblocks' block", replacement)):
-                try:
-                    outcomes.append(_run(module.train(train), call, inputs, train))
-                except Exception as problem:
-                    return f"{who} does not run {call[0]} on {call[1]}: {_line(problem)}", 0.0
-            mode = "training" if train else "evaluation"
-            shapes = [[tuple(tensor.shape) for tensor in outcome] for outcome in outcomes]
+            theirs = _run("the original", twin.train(train), call, inputs)
+            ours = _run("fastblocks' block", replacement.train(train), call, inputs)
+            where = f"in {'training' if train else 'evaluation'} its {call[0]}"
+            shapes = [[tuple(tensor.shape) for tensor in outcome] for outcome in (theirs, ours)]
             if shapes[0] != shapes[1]:
-                return f"in {mode} its {call[0]} gives other shapes: {shapes[0][:3]}, not {shapes[1][:3]}", 0.0
-            error = max(_error(ours, theirs) for theirs, ours in zip(*outcomes, strict=True))
+                raise Refused(f"{where} gives other shapes: {shapes[0][:3]}, not {shapes[1][:3]}")
+            error = max(_error(got, want) for got, want in zip(ours, theirs, strict=True))
             if not error <= TOLERANCE:
-                return f"in {mode} its {call[0]} computes something else (relative difference {error:.1e})", error
+                raise Refused(f"{where} computes something else (relative difference {error:.1e})")
             worst = max(worst, error)
-    return "", worst
+    return worst
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -176,17 +181,20 @@ def _randomize(module: nn.Module, weights: float, biases: float) -> None:
         parameter.data = value
 
 
-def _run(module: nn.Module, call: Call, scale: float, gradient: bool) -> list[Tensor]:
-    """Outputs, and the gradient of the input."""
+def _run(who: str, module: nn.Module, call: Call, scale: float) -> list[Tensor]:
+    """Outputs; in training mode the gradient of the input, too."""
     method, shape, *further = call
     generator = torch.Generator("cpu").manual_seed(1)
-    x = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_(gradient)
-    # called as a module, so that spectral norm's hooks run
-    outputs = list(_tensors((module if method == "forward" else getattr(module, method))(x, *further)))
-    if not gradient:
-        return outputs
-    weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
-    (grad,) = torch.autograd.grad(sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), x)
+    x = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_(module.training)
+    run = module if method == "forward" else getattr(module, method)  # as a module, so that spectral norm's hooks run
+    try:
+        outputs = list(_tensors(run(x, *further)))
+        if not module.training:
+            return outputs
+        weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]
+        (grad,) = torch.autograd.grad(sum((out * w).sum() for out, w in zip(outputs, weights, strict=True)), x)
+    except Exception as problem:
+        raise Refused(f"{who} does not run {method} on {tuple(shape)}: {_line(problem)}") from problem
     return [*(out.detach() for out in outputs), grad]
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fastblocks.backend import use_backend
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Foreign, Undecided
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Foreign, Refused
 from fastblocks.convert.adopt import adopt
-from fastblocks.convert.compare import disagreement, unlike
+from fastblocks.convert.compare import compare, require_alike
 from fastblocks.convert.registry import adapter_of
 from fastblocks.convert.report import ConversionReport, Row, remember
 from fastblocks.eager.autocast import without_autocast
@@ -136,54 +136,49 @@ def _plan(plan: _Plan, given: Arguments, check: bool) -> _Plan:
         plan.mistakes = [f"unknown arguments {unknown}; {adapter.block.__name__} takes {', '.join(accepted)}"]
         return plan
     try:
-        arguments = adapter.read(block)
-    except Undecided as question:
-        plan.reason = str(question)
-        return plan
+        plan.replacement, plan.reason = _replacement(adapter, block, check)
+        plan.missing = block.missing
     except Foreign as difference:
         plan.reason, plan.foreign = str(difference), True
-        return plan
+    except Refused as difference:
+        plan.reason = str(difference)
+    plan.mistakes = block.contradictions
+    return plan
+
+
+def _replacement(adapter: Adapter, block: Block, check: bool) -> tuple[nn.Module | None, str]:
+    """What takes the block's place, and how they were compared; None where arguments are missing or contradict."""
+    try:
+        arguments = adapter.read(block)
     except (LookupError, AttributeError, TypeError, ValueError, StopIteration) as problem:
-        plan.reason, plan.foreign = f"it is built in another way ({type(problem).__name__}: {problem})", True
-        return plan
-    plan.mistakes, plan.missing = block.contradictions, block.missing
-    if plan.mistakes or plan.missing:
-        plan.reason = f"it does not tell {', '.join(plan.missing)}"
-        return plan
+        raise Foreign(f"it is built in another way ({type(problem).__name__}: {problem})") from problem
+    if block.missing or block.contradictions:
+        return None, f"it does not tell {', '.join(block.missing)}"
     calls = adapter.calls(arguments)
     with _as_if_alone():
         try:
             replacement = adapter.block(**arguments)
         except ValueError as refusal:
-            plan.reason = str(refusal)
-            return plan
-        if difference := unlike(plan.module, replacement, calls, adapter.new_keys):
-            plan.reason, plan.foreign = difference, difference.startswith("its state_dict")
-            return plan
-        adapter.adopt(plan.module, replacement)
-        how = adapter.changes or "not compared"
-        if check and not adapter.changes:
-            difference, error = disagreement(plan.module, replacement, calls)
-            if difference:
-                plan.reason = difference
-                return plan
-            how = f"agrees to {error:.0e}"
-            _empty(replacement)
-    plan.replacement, plan.reason = replacement, how
-    return plan
+            raise Refused(str(refusal)) from refusal
+        require_alike(block.module, replacement, calls, adapter.new_keys)
+        if adapter.changes:
+            return replacement, adapter.changes
+        adapter.adopt(block.module, replacement)
+        how = f"agrees to {compare(block.module, replacement, calls):.0e}" if check else "not compared"
+        _empty(replacement)
+    return replacement, how
 
 
 def _keep_what_is_held_elsewhere(model: nn.Module, plans: dict[nn.Module, _Plan]) -> None:
     """A list or an attribute that holds a block beside the tree of modules would go on with the original."""
     for path, holder in model.named_modules():
         for name, value in holder.__dict__.items():
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-            )
-            for held in values if name != "_modules" else ():
+            values = list(value.values()) if isinstance(value, dict) else value
+            for held in (values if isinstance(values, list | tuple) else [values]) if name != "_modules" else ():
                 plan = plans.get(held) if isinstance(held, nn.Module) else None
+                where = f"'{path}'" if path else "the model"
                 if plan is not None and plan.replacement is not None and holder not in set(held.modules()):
-                    plan.replacement, plan.reason = None, f"'{path}' holds it in its attribute {name}, too"
+                    plan.replacement, plan.reason = None, f"{where} holds it in its attribute {name}, too"
 
 
 @contextmanager

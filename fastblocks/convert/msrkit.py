@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, Undecided
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, Refused
 from fastblocks.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from fastblocks.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from fastblocks.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -31,7 +31,7 @@ def rope_base_of(table: Tensor) -> float:
     """The base that gives a table again; a number of few digits where one does.
 
     Raises:
-        Foreign: if none does: other frequencies, positions or layout.
+        Refused: if none does: other frequencies, positions or layout.
     """
     positions, half, _ = table.shape
     if positions < 2 or half < 2:
@@ -39,7 +39,7 @@ def rope_base_of(table: Tensor) -> float:
     else:
         angle = torch.atan2(table[1, -1, 1].double(), table[1, -1, 0].double())
         if not angle > 0:
-            raise Foreign("its rotary table does not begin with position 0 and growing angles")
+            raise Refused("its rotary table does not begin with position 0 and growing angles")
         base = float(angle ** (-half / (half - 1)))
         candidates = [float(f"{base:.{digits}g}") for digits in range(1, 9)] + [base]
     have = table.detach().cpu().double()
@@ -49,7 +49,7 @@ def rope_base_of(table: Tensor) -> float:
     for base in candidates:
         if ((functional.rope_table(positions, 2 * half, base).double() - have).abs() <= allowed).all():
             return int(base) if base == int(base) else base
-    raise Foreign("its rotary table is not that of any base")
+    raise Refused("its rotary table is not that of any base")
 
 
 def _roformer(block: Block, registers: int = 0) -> Arguments:
@@ -67,9 +67,7 @@ def _roformer(block: Block, registers: int = 0) -> Arguments:
     else:
         rope_base = block.says("rope_base", rope_base_of(table))
         if n_head is not None and tuple(table.shape[1:]) != (n_embd // n_head // 2, 2):
-            raise Foreign(
-                f"its rotary table is {tuple(table.shape)}, not one of (positions, channels of a head / 2, 2)"
-            )
+            raise Refused(f"its rotary table is {tuple(table.shape)}, not (positions, channels of a head / 2, 2)")
     return {"n_embd": n_embd, "n_head": n_head, "max_seq_len": max_seq_len, "rope_base": rope_base}
 
 
@@ -90,7 +88,7 @@ def _kit_register_roformer(block: Block) -> Arguments:
     attention, decided = block.module.att, ("num_register_tokens", "window_size")
     if any(name not in block.given for name in decided):
         registers, window = attention.num_register_tokens, attention.window_size
-        raise Undecided(
+        raise Refused(
             f"this is the kit's register block (num_register_tokens={registers}, window_size={window}). Its mask is "
             "inverted: a token sees what is outside its window, and no register; and its registers are the sequence's "
             "first positions, not learnt. No block of fastblocks computes that. To have what was meant, in other "
@@ -118,9 +116,7 @@ def _sequence(arguments: Arguments) -> list[Call]:
 def _rnn(block: Block) -> Arguments:
     rows, hidden = block.shape("rnn.rnns.0.weight_hh_l0")
     if rows not in (3 * hidden, 4 * hidden):
-        raise Foreign(
-            f"its weight_hh_l0 has {rows} rows for {hidden} channels, a GRU has 3 times as many, an LSTM 4 times"
-        )
+        raise Foreign(f"its weight_hh_l0 has {rows} rows for {hidden} channels: neither 3 times (GRU) nor 4 (LSTM)")
     weights = [key.split(".")[2:] for key in block.state if key.startswith("rnn.rnns.") and "weight_hh" in key]
     return {
         "n_embd": block.says("n_embd", block.shape("rnn_norm.scale")[0]),
