@@ -257,7 +257,8 @@ class Band(nn.Module):
             raise ValueError(
                 f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
             )
-        if may_fuse("band_unsplit", self, post_bandnet=BandLinear):
+        some = any(start < end for start, end in self.ranges)  # else there is nothing to fuse, and zeros to derive
+        if some and may_fuse("band_unsplit", self, post_bandnet=BandLinear):
             weight, bias = self.post_bandnet.weight, self.post_bandnet.bias
             return functional.band_unsplit(x, weight, bias, self.ranges, self.ola_window)
         lanes = self.post_bandnet(x.permute(0, 2, 3, 1)).unflatten(3, (self._width, self.in_channels))

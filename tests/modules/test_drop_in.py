@@ -146,6 +146,18 @@ def test_a_state_dict_of_the_other_variant_is_named(cls, mode, strict, wanted, b
     other.load_state_dict(other.state_dict())
 
 
+def test_bands_without_a_single_bin():
+    with pytest.warns(UserWarning, match="24 of 24 bands cover no bin"):
+        band = fastblocks.Band(48000, 16, 24, 1, 2, "linear")
+    x = torch.randn(1, 9, 3, 1, requires_grad=True)
+    y = band.split(x)
+    assert torch.equal(y, band.pre_bandnet.bias.T[None, :, None].expand(1, 2, 3, 24))
+    joined = band.unsplit(y)
+    assert not joined.any()
+    joined.sum().backward()
+    assert not band.post_bandnet.weight.grad.any()
+
+
 def test_linear_bands_too_narrow_for_two_sides_have_no_bin():
     with pytest.warns(UserWarning, match="cover no bin"):
         band = fastblocks.Band(48000, 32, 20, 2, 3, "linear")

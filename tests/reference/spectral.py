@@ -107,6 +107,7 @@ def band_unsplit(state: State, x: Tensor, channels: int) -> Tensor:
     """(B, out, T, K) -> (B, F, T, in): each band's Linear, added up where bands overlap, over `ola_window`."""
     filterbanks = state["filterbanks"]
     total = x.new_zeros(len(x), filterbanks.shape[1], x.shape[2], channels)
+    total = total + x[:0].sum()  # part of the graph, even if no band has a bin
     for k, bins in enumerate(band_bins(filterbanks)):
         lanes = x[..., k].transpose(1, 2) @ state["post_bandnet.weight"][k] + state["post_bandnet.bias"][k]
         for lane, f in enumerate(bins):
