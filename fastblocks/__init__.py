@@ -1,6 +1,7 @@
 """Drop-in building blocks of neural audio models, with fused Triton kernels. See the README.
 
-Every class is here, and under the path of its original: `fastblocks.generator.RoFormerBlock.RoFormerBlock`.
+Every class is here, and under the path of its original: `fastblocks.generator.RoFormerBlock.RoFormerBlock`. MSRKit's
+own ConvNeXt blocks are `variant='msrkit'`; the default is the paper's block.
 """
 
 import importlib.util
