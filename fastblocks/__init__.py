@@ -1,6 +1,7 @@
 """Drop-in building blocks of neural audio models, with fused Triton kernels. See the README.
 
-Every class is here, and under the path of its original: `fastblocks.generator.RoFormerBlock.RoFormerBlock`.
+Every class is here, and under the path of its original: `fastblocks.generator.RoFormerBlock.RoFormerBlock`. MSRKit's
+own ConvNeXt blocks are `variant='msrkit'`; the default is the paper's block.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ _find_kernels()
 
 from fastblocks import functional
 from fastblocks.backend import explain, use_backend
-from fastblocks.convert import convert
+from fastblocks.convert import conversion_report, convert
 from fastblocks.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from fastblocks.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from fastblocks.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -53,6 +54,7 @@ __all__ = [
     "MultiScaleDiscriminator",
     "RNNBlock",
     "RoFormerBlock",
+    "conversion_report",
     "convert",
     "explain",
     "functional",

@@ -144,8 +144,9 @@ def linear_filterbank(n_fft: int, bands: int) -> np.ndarray:
     edges = np.linspace(0, bins, bands + 2).astype(int)
     filters = np.zeros((bands, bins), dtype=np.float32)
     for k, (start, mid, end) in enumerate(zip(edges, edges[1:], edges[2:], strict=False)):
-        filters[k, start:mid] = np.linspace(0, 1, mid - start)
-        filters[k, mid:end] = np.linspace(1, 0, end - mid)
+        if start < mid < end:  # a band narrower than two bins is left without any, as in the original
+            filters[k, start:mid] = np.linspace(0, 1, mid - start)
+            filters[k, mid:end] = np.linspace(1, 0, end - mid)
     return filters
 
 
@@ -158,11 +159,11 @@ def covered_bins(filters: np.ndarray) -> list[tuple[int, int]]:
 class BandLinear(nn.Module):
     """One Linear per band, (…, K, in) -> (…, K, out): weight (K, in, out), bias (K, out)."""
 
-    def __init__(self, bands: int, inputs: int, outputs: int):
+    def __init__(self, bands_num: int, in_channels: int, out_channels: int):
         super().__init__()
-        bound = 1 / math.sqrt(inputs)
-        self.weight = nn.Parameter(torch.empty(bands, inputs, outputs).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(bands, outputs).uniform_(-bound, bound))
+        bound = 1 / math.sqrt(in_channels)
+        self.weight = nn.Parameter(torch.empty(bands_num, in_channels, out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(bands_num, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("...ki,kio->...ko", x, self.weight) + self.bias
@@ -208,6 +209,7 @@ class Band(nn.Module):
             raise ValueError(f"Band needs positive sizes, got {bad}")
         if scale not in ("mel", "linear"):
             raise ValueError(f"scale must be 'mel' or 'linear', got {scale!r}")
+        self.sr, self.n_fft, self.bands_num, self.scale = sr, n_fft, bands_num, scale
         self.in_channels, self.out_channels = in_channels, out_channels
         filters = mel_filterbank(sr, n_fft, bands_num) if scale == "mel" else linear_filterbank(n_fft, bands_num)
         self.ranges = covered_bins(filters)
@@ -229,7 +231,7 @@ class Band(nn.Module):
         self.register_buffer("mask", mask.flatten().float())
         self.pre_bandnet = BandLinear(bands_num, width * in_channels, out_channels)
         self.post_bandnet = BandLinear(bands_num, out_channels, width * in_channels)
-        self.bins, self._width = bins, width
+        self.F, self._width = bins, width
 
     def split(self, x: Tensor) -> Tensor:
         """(B, F, T, in_channels) -> (B, out_channels, T, K).
@@ -237,8 +239,8 @@ class Band(nn.Module):
         Raises:
             ValueError: if x has another shape.
         """
-        if x.dim() != 4 or x.shape[1] != self.bins or x.shape[3] != self.in_channels:
-            raise ValueError(f"split needs x of shape (B, {self.bins}, T, {self.in_channels}), got {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.F or x.shape[3] != self.in_channels:
+            raise ValueError(f"split needs x of shape (B, {self.F}, T, {self.in_channels}), got {tuple(x.shape)}")
         if may_fuse("band_split", self, pre_bandnet=BandLinear):
             return functional.band_split(x, self.pre_bandnet.weight, self.pre_bandnet.bias, self.ranges)
         bands = [F.pad(x[:, start:end], (0, 0, 0, 0, 0, self._width + start - end)) for start, end in self.ranges]
@@ -255,11 +257,12 @@ class Band(nn.Module):
             raise ValueError(
                 f"unsplit needs x of shape (B, {self.out_channels}, T, {len(self.ranges)}), got {tuple(x.shape)}"
             )
-        if may_fuse("band_unsplit", self, post_bandnet=BandLinear):
+        some = any(start < end for start, end in self.ranges)  # else there is nothing to fuse, and zeros to derive
+        if some and may_fuse("band_unsplit", self, post_bandnet=BandLinear):
             weight, bias = self.post_bandnet.weight, self.post_bandnet.bias
             return functional.band_unsplit(x, weight, bias, self.ranges, self.ola_window)
         lanes = self.post_bandnet(x.permute(0, 2, 3, 1)).unflatten(3, (self._width, self.in_channels))
-        y = lanes.new_zeros(x.shape[0], self.bins, x.shape[2], self.in_channels)
+        y = lanes.new_zeros(x.shape[0], self.F, x.shape[2], self.in_channels)
         for k, (start, end) in enumerate(self.ranges):
             y[:, start:end] += lanes[:, :, k, : end - start].transpose(1, 2)
         return y / self.ola_window[:, None, None]

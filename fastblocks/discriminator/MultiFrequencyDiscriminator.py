@@ -86,3 +86,5 @@ class MultiFrequencyDiscriminator(Discriminators):
         super().__init__(
             nch, [FrequencyDiscriminator(size, nch, hidden_channels, sample_rate, norm) for size in window_sizes]
         )
+        self.window_sizes, self.hidden_channels = list(window_sizes), hidden_channels
+        self.sample_rate, self.norm, self.eps = sample_rate, norm, torch.finfo(torch.float32).eps

@@ -23,7 +23,7 @@ class PeriodDiscriminator(nn.Module):
         super().__init__()
         if period < 1:
             raise ValueError(f"periods must be positive, got {period}")
-        self.period = period
+        self.period, self.nch = period, nch
         self.shortest_clip = period // 2 + 1  # a reflect pad must be shorter than the clip
         widths = (nch, 32, 128, 512, 1024, 1024)
         self.layers = nn.ModuleList(
@@ -63,3 +63,4 @@ class MultiPeriodDiscriminator(Discriminators):
         self, nch: int = 1, sample_rate: int = 48000, periods: Sequence[int] = (2, 3, 5, 7, 11), norm: bool = True
     ):
         super().__init__(nch, [PeriodDiscriminator(period, nch, norm) for period in periods])
+        self.sample_rate, self.periods, self.norm = sample_rate, list(periods), norm

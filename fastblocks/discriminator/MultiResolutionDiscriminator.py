@@ -41,7 +41,8 @@ class ResolutionDiscriminator(SpectrumDiscriminator):
         norm: bool,
     ):
         super().__init__(window_length, int(window_length * hop_factor))
-        self.edges = band_edges(bands, window_length // 2 + 1)
+        self.nch = nch
+        self.bands = band_edges(bands, window_length // 2 + 1)
         self.band_discriminators = nn.ModuleList()
         for _ in bands:
             layers, width = nn.ModuleList(), 2 * nch
@@ -57,7 +58,7 @@ class ResolutionDiscriminator(SpectrumDiscriminator):
         fmap: list[Tensor] = []
         outputs = [
             run_layers(layers, spectrum[..., start:end], fmap)
-            for layers, (start, end) in zip(self.band_discriminators, self.edges, strict=True)
+            for layers, (start, end) in zip(self.band_discriminators, self.bands, strict=True)
         ]
         return self.output_conv(torch.cat(outputs, dim=-1)), fmap
 
@@ -97,3 +98,5 @@ class MultiResolutionDiscriminator(Discriminators):
                 for length in window_lengths
             ],
         )
+        self.sample_rate, self.norm, self.hidden_channels = sample_rate, norm, hidden_channels
+        self.window_lengths, self.hop_factor, self.bands = list(window_lengths), hop_factor, list(bands)

@@ -24,7 +24,7 @@ class ScaleDiscriminator(nn.Module):
         super().__init__()
         if downsample_rate < 1:
             raise ValueError(f"downsample_rates must be at least 1, got {downsample_rate}")
-        self.downsample_rate = downsample_rate
+        self.downsample_rate, self.nch = downsample_rate, nch
         # interpolation gives floor(T · (1 / rate)) samples, and needs one
         self.shortest_clip = next(n for n in range(1, int(downsample_rate) + 2) if int(n * (1 / downsample_rate)))
         self.layers = nn.ModuleList()
@@ -58,3 +58,4 @@ class MultiScaleDiscriminator(Discriminators):
 
     def __init__(self, sample_rate: int, downsample_rates: Sequence[float] = (2, 4), nch: int = 1, norm: bool = True):
         super().__init__(nch, [ScaleDiscriminator(rate, nch, norm) for rate in downsample_rates])
+        self.sample_rate, self.downsample_rates, self.norm = sample_rate, list(downsample_rates), norm

@@ -64,12 +64,12 @@ class ConvLayer(nn.Module):
     def __init__(self, conv: nn.Conv1d | nn.Conv2d, norm: bool, activate: bool = True):
         super().__init__()
         self.conv = spectral_norm(conv) if norm else conv
-        self.activate = activate
+        self.activation = activate
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         # in place: nobody else sees the convolution's output, and its gradient does not need it
-        return F.leaky_relu(x, 0.2, inplace=True) if self.activate else x
+        return F.leaky_relu(x, 0.2, inplace=True) if self.activation else x
 
 
 def run_layers(layers: nn.ModuleList, x: Tensor, fmap: list[Tensor]) -> Tensor:

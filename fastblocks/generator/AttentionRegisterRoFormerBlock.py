@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from fastblocks.generator.RoFormerBlock import RoFormerBlock
+from fastblocks.generator.RoFormerBlock import RoFormerBlock as PlainRoFormerBlock
 
 
-class AttentionRegisterRoFormerBlock(RoFormerBlock):
+class AttentionRegisterRoFormerBlock(PlainRoFormerBlock):
     """A RoFormerBlock with register tokens and a sliding window: (B, T, C) -> (B, T, C).
 
     The registers precede the sequence, go through the whole block with it, and are removed again. Token s sees
@@ -82,3 +82,8 @@ class AttentionRegisterRoFormerBlock(RoFormerBlock):
                 raise ValueError(f"registers must be {wanted}, got {tuple(carried.shape)}")
             return self.registers + carried
         return self.registers.unsqueeze(0) if self.num_register_tokens else None
+
+
+# The original's file of this name calls its class so: an import that worked there must not give the block without
+# registers and window.
+RoFormerBlock = AttentionRegisterRoFormerBlock

@@ -19,7 +19,8 @@ class ConvNeXt1DBlock(ConvNeXtBlock):
         input_dim: channels of the input.
         output_dim: channels of the output.
         mode: 'normal' or 'transposed'.
-        variant: 'convnext', or 'msrkit' for checkpoints of that kit's own block (dense convolutions, RMSNorm, SwiGLU).
+        variant: 'convnext', or 'msrkit' for MSRKit's own block (dense convolutions, RMSNorm, SwiGLU) and its
+            checkpoints: a drop-in there needs variant='msrkit'. Loading the other variant's state_dict says so.
 
     Raises:
         ValueError: for even kernels, unknown modes and variants, and sizes that are not positive.

@@ -27,6 +27,7 @@ class GroupParameters(nn.Module):
     def __init__(self, rnn_type: str, width: int, hidden: int, n_layer: int, bidirectional: bool):
         super().__init__()
         self.rnn_type, self.n_layer, self.bidirectional = rnn_type, n_layer, bidirectional
+        self.input_size, self.hidden_size, self.num_layers = width, hidden, n_layer  # as torch.nn.GRU calls them
         gates = GATES[rnn_type]
         bound = 1 / math.sqrt(hidden)
         for layer in range(n_layer):
@@ -96,6 +97,7 @@ class GroupedRNN(nn.Module):
         if n_layer < 1:
             raise ValueError(f"n_layer must be positive, got {n_layer}")
         self.n_embd, self.n_layer, self.bidirectional = n_embd, n_layer, bidirectional
+        self.n_groups, self.group_size = n_groups, width
         hidden = width // 2 if bidirectional else width
         self.rnns = nn.ModuleList(
             GroupParameters(self.rnn_type, width, hidden, n_layer, bidirectional) for _ in range(n_groups)

@@ -21,11 +21,16 @@ class RoFormerAttention(nn.Module):
         super().__init__()
         if n_head < 1 or n_embd % n_head:
             raise ValueError(f"n_embd must be divisible by n_head, got n_embd={n_embd} and n_head={n_head}")
-        self.n_head = n_head
+        self.n_embd, self.n_head, self.head_dim = n_embd, n_head, n_embd // n_head
         self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias=False)
         self.c_proj = nn.Linear(n_embd, n_embd, bias=False)
         self._table = (positions, n_embd // n_head, rope_base)
         self.register_buffer("rope", functional.rope_table(*self._table), persistent=False)
+
+    @property
+    def rope_cache(self) -> Tensor:
+        """The rotary table (positions, C / H / 2, 2) under its name in the original."""
+        return self.rope
 
     def _apply(self, fn, recurse=True):
         """Move like any module, but keep the rope table's values: no checkpoint restores them.

@@ -53,6 +53,7 @@ class ConvNeXtBlock(nn.Module):
         self.input_dim, self.output_dim = input_dim, output_dim
         self.mode, self.variant = mode, variant
         self.transposed = mode == "transposed"
+        self.padding = tuple(k // 2 for k in self.kernel_size)
         if variant == "msrkit":
             self._build_msrkit()
         else:
@@ -66,8 +67,7 @@ class ConvNeXtBlock(nn.Module):
 
     def _conv(self, output_dim: int, groups: int = 1) -> nn.Module:
         """A convolution from input_dim channels with this block's kernel, stride and "same" padding."""
-        padding = tuple(k // 2 for k in self.kernel_size)
-        kind = _CONV[self.spatial, self.transposed]
+        kind, padding = _CONV[self.spatial, self.transposed], self.padding
         return kind(self.input_dim, output_dim, self.kernel_size, stride=self.stride, padding=padding, groups=groups)
 
     def _build_convnext(self) -> None:
@@ -86,9 +86,20 @@ class ConvNeXtBlock(nn.Module):
         self.dwconv = self._conv(self.input_dim)
         self.residual_conv = self._conv(self.output_dim)
         self.norm = RMSNorm(self.input_dim)
-        hidden = int((8 if self.spatial == 1 else 4) * self.input_dim / 3)
-        self.pwconv1 = nn.Linear(self.input_dim, 2 * hidden)
-        self.pwconv2 = nn.Linear(hidden, self.output_dim)
+        self.n_hidden = int((8 if self.spatial == 1 else 4) * self.input_dim / 3)
+        self.pwconv1 = nn.Linear(self.input_dim, 2 * self.n_hidden)
+        self.pwconv2 = nn.Linear(self.n_hidden, self.output_dim)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """As any module; a state_dict of the other variant is named as what it is, beside what does not fit."""
+        for variant, key in (("convnext", "norm.weight"), ("msrkit", "norm.scale")):
+            if variant != self.variant and prefix + key in state_dict:
+                where = f"'{prefix.removesuffix('.')}'" if prefix else "this block"
+                errors.append(
+                    f"{where} is {type(self).__name__}(…, variant={self.variant!r}), and the state_dict is that of the "
+                    f"other variant: build it with variant={variant!r}."
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor, original_shape: int | Sequence[int] | None = None) -> Tensor:
         """Run the block.

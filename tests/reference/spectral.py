@@ -75,12 +75,15 @@ def mel_filterbank(sr: int, n_fft: int, bands: int) -> np.ndarray:
 
 
 def linear_filterbank(n_fft: int, bands: int) -> np.ndarray:
-    """(K, F): triangles over whole bins, rising to 1 and falling to 0 with both ends included."""
+    """(K, F): triangles over whole bins, rising to 1 and falling to 0 with both ends included; nothing where one of
+    the sides has no bin."""
     bins = n_fft // 2 + 1
     edges = np.linspace(0, bins, bands + 2).astype(int)
     result = np.zeros((bands, bins))
     for k in range(bands):
         low, mid, high = edges[k : k + 3]
+        if low == mid or mid == high:
+            continue
         result[k, low:mid] = [i / (mid - low - 1) if mid - low > 1 else 0 for i in range(mid - low)]
         result[k, mid:high] = [1 - i / (high - mid - 1) if high - mid > 1 else 1 for i in range(high - mid)]
     return result
@@ -104,6 +107,7 @@ def band_unsplit(state: State, x: Tensor, channels: int) -> Tensor:
     """(B, out, T, K) -> (B, F, T, in): each band's Linear, added up where bands overlap, over `ola_window`."""
     filterbanks = state["filterbanks"]
     total = x.new_zeros(len(x), filterbanks.shape[1], x.shape[2], channels)
+    total = total + x[:0].sum()  # part of the graph, even if no band has a bin
     for k, bins in enumerate(band_bins(filterbanks)):
         lanes = x[..., k].transpose(1, 2) @ state["post_bandnet.weight"][k] + state["post_bandnet.bias"][k]
         for lane, f in enumerate(bins):
