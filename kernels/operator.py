@@ -86,6 +86,7 @@ class Operator:
         self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
         self.scalars = [i for i in range(len(arguments) - 1) if i not in self.tensors]
         self.saved = [[r.name for r in returns].index(kept) for kept in saved]
+        self._has_one_result = len(returns) == 1
         self._node = _node_of(self)
 
         inputs = schema[1 : schema.index(") ->")].split(", ")[:-1]
@@ -109,7 +110,7 @@ class Operator:
     def __call__(self, *arguments) -> tuple[Tensor | None, ...]:
         """Returns all results, including those that are kept for a backward pass."""
         if self._is_watched(arguments):
-            return self._forward_op(*arguments, False)
+            return self._dispatch(*arguments, False)
         if self._needs_gradients(arguments):
             return self._node.apply(False, *arguments)
         return self._run(*arguments, False)
@@ -139,22 +140,30 @@ class Operator:
             arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
         )
 
-    # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None
+    # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None. One
+    # ---- with a single result returns that, not a tuple.
+
+    def _dispatch(self, *arguments) -> tuple[Tensor, ...]:
+        results = self._forward_op(*arguments)
+        return (results,) if self._has_one_result else results
+
+    def _only(self, results: tuple[Tensor, ...]):
+        return results[0] if self._has_one_result else results
 
     def _filled(self, results, arguments) -> tuple[Tensor, ...]:
         like = arguments[self.tensors[0]]
         return tuple(like.new_empty(0) if result is None else result for result in results)
 
-    def _as_operator(self, *arguments) -> tuple[Tensor, ...]:
-        return self._filled(self._run(*arguments), arguments)
+    def _as_operator(self, *arguments):
+        return self._only(self._filled(self._run(*arguments), arguments))
 
-    def _fake(self, *arguments) -> tuple[Tensor, ...]:
-        return self._filled(self.outputs(*arguments), arguments)
+    def _fake(self, *arguments):
+        return self._only(self._filled(self.outputs(*arguments), arguments))
 
-    def _differentiable(self, *arguments) -> tuple[Tensor, ...]:
+    def _differentiable(self, *arguments):
         """The operator at the dispatcher's key "Autograd"."""
         if self._needs_gradients(arguments):
-            return self._node.apply(True, *arguments[:-1])
+            return self._only(self._node.apply(True, *arguments[:-1]))
         with torch._C._AutoDispatchBelowAutograd():  # keep may be True: in a graph traced with its backward
             return self._forward_op(*arguments)
 
@@ -187,7 +196,7 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     def forward(ctx, watched, *arguments):
         if watched:
             with torch._C._AutoDispatchBelowAutograd():
-                results = operator._forward_op(*arguments, True)
+                results = operator._dispatch(*arguments, True)
         else:
             results = operator._run(*arguments, True)
         ctx.save_for_backward(*[arguments[i] for i in operator.tensors], *[results[i] for i in operator.saved])
@@ -196,7 +205,7 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
         kept = [r for r in results[operator.results :] if r is not None]
-        absent = [r for r in results[: operator.results] if watched and r.dim() == 1]
+        absent = [r for r in results[: operator.results] if watched and _absent_as_none(r) is None]
         ctx.mark_non_differentiable(*kept, *absent)
         return results
 

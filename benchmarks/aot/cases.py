@@ -30,6 +30,7 @@ CONVNEXT = {"cnx-1d": (16, 512, 1000)} | {  # B, C, sizes
     f"cnx-2d C {channels}": (4, channels, height, width)
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8))
 }
+ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
 
@@ -83,11 +84,35 @@ def convnext_mlp() -> Iterator[tuple[str, Arguments]]:
             yield f"{name} {element}", (x, *first, empty(channels, 4 * channels), empty(channels), residual, dtype)
 
 
+def rms_norm() -> Iterator[tuple[str, Arguments]]:
+    for name, (n, c) in (ROWS | {"16384": (512, 16384)}).items():
+        for element, dtype in DTYPES.items():
+            yield f"rows-norm-{name} {element}", (empty(n, c, dtype=dtype), empty(c), 1e-6)
+
+
+def swiglu() -> Iterator[tuple[str, Arguments]]:
+    for name, (n, c) in ROWS.items():
+        f = int(8 * c / 3)
+        for element, dtype in DTYPES.items():
+            yield f"rows-swiglu-{name} {element}", (empty(n, f, dtype=dtype), empty(n, f, dtype=dtype))
+
+
+def swiglu_mlp() -> Iterator[tuple[str, Arguments]]:
+    for name, (n, c) in ROWS.items():
+        f = int(8 * c / 3)
+        for element, dtype in DTYPES.items():
+            tensors = (empty(*size, dtype=dtype) for size in ((n, c), (f, c), (f, c), (c, f)))
+            yield f"rows-mlp-{name} {element}", (*tensors, dtype)
+
+
 WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by operator
     "rope_attention": attention,
     "grouped_rnn": recurrent,
     "depthwise_conv_layer_norm": depthwise_conv_layer_norm,
     "convnext_mlp": convnext_mlp,
+    "rms_norm": rms_norm,
+    "swiglu": swiglu,
+    "swiglu_mlp": swiglu_mlp,
 }
 PRODUCTS = ("rope_attention", "grouped_rnn")  # operators whose kernels make float32 products
 
@@ -167,11 +192,34 @@ def _mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     return label, (empty(2, *sizes, channels, dtype=dtype), *first, *second, residual, dtype)
 
 
+def _rms_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, scale = draw.randint(1, draw.choice((64, 1024, 16384))), draw.choice((dtype, torch.float32))
+    x, scale = empty(draw.randint(1, 5000), channels, dtype=dtype), empty(channels, dtype=scale)
+    return f"{tuple(x.shape)} scale {str(scale.dtype).removeprefix('torch.')}", (x, scale, 1e-6)
+
+
+def _swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    rows, columns = draw.randint(1, 5000), draw.randint(1, draw.choice((64, 1024, 5000)))
+    if draw.random() < 0.5:  # halves of one tensor
+        both = empty(rows, 2 * columns, dtype=dtype)
+        return f"{rows} × {columns} halves", (both[:, :columns], both[:, columns:])
+    return f"{rows} × {columns}", (empty(rows, columns, dtype=dtype), empty(rows, columns, dtype=dtype))
+
+
+def _swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
+    tensors = [(draw.randint(1, 5000), channels), (hidden, channels), (hidden, channels), (c_out, hidden)]
+    return f"{channels} -> {hidden} -> {c_out}", (*(empty(*size, dtype=dtype) for size in tensors), dtype)
+
+
 RANDOM = {
     "rope_attention": _attention,
     "grouped_rnn": _recurrent,
     "depthwise_conv_layer_norm": _depthwise,
     "convnext_mlp": _mlp,
+    "rms_norm": _rms_norm,
+    "swiglu": _swiglu,
+    "swiglu_mlp": _swiglu_mlp,
 }
 
 
