@@ -128,19 +128,16 @@ class Operator:
 
     def _is_watched(self, arguments) -> bool:
         """Whether a compiler, dispatch mode or tensor subclass has to see this call as one operator."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-            return True
-        for i in self.tensors:  # a generator would take twice as long
-            if type(arguments[i]) not in _PLAIN:
-                return True
-        return False
+        return (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or any(type(arguments[i]) not in _PLAIN for i in self.tensors)
+        )
 
     def _needs_gradients(self, arguments) -> bool:
-        if torch.is_grad_enabled():
-            for i in self.tensors:
-                if arguments[i] is not None and arguments[i].requires_grad:
-                    return True
-        return False
+        return torch.is_grad_enabled() and any(
+            arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
+        )
 
     # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None. One
     # ---- with a single result returns that, not a tuple.
