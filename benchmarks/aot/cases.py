@@ -32,6 +32,7 @@ CONVNEXT = {"cnx-1d": (16, 512, 1000)} | {  # B, C, sizes
     f"cnx-2d C {channels}": (4, channels, height, width)
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8))
 }
+ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
 
@@ -72,6 +73,11 @@ def _mlp(dtype, batch: int, channels: int, hidden: int, c_out: int, sizes: list,
     return empty(batch, *sizes, channels, dtype=dtype), *first, *second, residual, dtype
 
 
+def _swiglu_mlp(dtype, n: int, channels: int, hidden: int, c_out: int):
+    sizes = (n, channels), (hidden, channels), (hidden, channels), (c_out, hidden)
+    return *(empty(*size, dtype=dtype) for size in sizes), dtype
+
+
 # ---- the standard workloads
 
 
@@ -101,6 +107,22 @@ def depthwise_conv_layer_norm() -> Iterator[tuple[str, Arguments]]:
 def convnext_mlp() -> Iterator[tuple[str, Arguments]]:
     for (element, dtype), (name, (batch, channels, *sizes)) in product(DTYPES.items(), CONVNEXT.items()):
         yield f"{name} {element}", _mlp(dtype, batch, channels, 4 * channels, channels, sizes, True)
+
+
+def rms_norm() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product((ROWS | {"16384": (512, 16384)}).items(), DTYPES.items()):
+        yield f"rows-norm-{name} {element}", (empty(n, c, dtype=dtype), empty(c), 1e-6)
+
+
+def swiglu() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product(ROWS.items(), DTYPES.items()):
+        f = int(8 * c / 3)
+        yield f"rows-swiglu-{name} {element}", (empty(n, f, dtype=dtype), empty(n, f, dtype=dtype))
+
+
+def swiglu_mlp() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product(ROWS.items(), DTYPES.items()):
+        yield f"rows-mlp-{name} {element}", _swiglu_mlp(dtype, n, c, int(8 * c / 3), c)
 
 
 PRODUCTS = ("rope_attention", "grouped_rnn")  # operators whose kernels make float32 products
@@ -167,11 +189,33 @@ def odd_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     return label, _mlp(dtype, 2, channels, hidden, c_out, sizes, added)
 
 
+def odd_rms_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, scale = draw.randint(1, draw.choice((64, 1024, 16384))), draw.choice((dtype, torch.float32))
+    x, scale = empty(draw.randint(1, 5000), channels, dtype=dtype), empty(channels, dtype=scale)
+    return f"{tuple(x.shape)} scale {str(scale.dtype).removeprefix('torch.')}", (x, scale, 1e-6)
+
+
+def odd_swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    rows, columns = draw.randint(1, 5000), draw.randint(1, draw.choice((64, 1024, 5000)))
+    if draw.random() < 0.5:  # halves of one tensor
+        both = empty(rows, 2 * columns, dtype=dtype)
+        return f"{rows} × {columns} halves", (both[:, :columns], both[:, columns:])
+    return f"{rows} × {columns}", (empty(rows, columns, dtype=dtype), empty(rows, columns, dtype=dtype))
+
+
+def odd_swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
+    return f"{channels} -> {hidden} -> {c_out}", _swiglu_mlp(dtype, draw.randint(1, 5000), channels, hidden, c_out)
+
+
 OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard workloads, what draws one at random
     "rope_attention": (attention, odd_attention),
     "grouped_rnn": (recurrent, odd_recurrent),
     "depthwise_conv_layer_norm": (depthwise_conv_layer_norm, odd_depthwise),
     "convnext_mlp": (convnext_mlp, odd_mlp),
+    "rms_norm": (rms_norm, odd_rms_norm),
+    "swiglu": (swiglu, odd_swiglu),
+    "swiglu_mlp": (swiglu_mlp, odd_swiglu_mlp),
 }
 
 

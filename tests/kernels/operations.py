@@ -1,4 +1,4 @@
-"""The four operations for tests that run over all of them: leaves of a small case, the kernels, the float64 formula."""
+"""The operations for tests that run over all of them: leaves of a small case, the kernels, the float64 formula."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastblocks import functional
-from tests.reference import attention, convnext, recurrent
+from tests.reference import attention, convnext, recurrent, rows
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,26 @@ def _mlp(dtype: torch.dtype = torch.float32) -> Operation:
     return Operation(sizes, run, exact, dtype)
 
 
+def _rms_norm() -> Operation:
+    # The default epsilon makes second derivatives of rows that happen to be short as large as they like.
+    def run(x, scale):
+        return functional.rms_norm(x, scale, 0.1)
+
+    return Operation({"x": (2, 5, 7), "scale": (7,)}, run, lambda x, scale: rows.rms_norm(x, scale, 0.1))
+
+
+def _swiglu() -> Operation:
+    sizes = dict.fromkeys(("x", "up"), (2, 5, 7))
+    return Operation(sizes, lambda x, up: functional.swiglu(x, up), lambda x, up: rows.swiglu(x, up))
+
+
+def _swiglu_mlp() -> Operation:
+    channels, hidden = 6, 21
+    sizes = {"x": (2, 5, channels)} | dict.fromkeys(("weight_gate", "weight_up"), (hidden, channels))
+    sizes |= {"weight_down": (channels, hidden)}
+    return Operation(sizes, functional.swiglu_mlp, rows.swiglu_mlp)
+
+
 OPERATIONS = {
     "attention, short": _attention(9, -1),
     "attention, short, window": _attention(9, 4),
@@ -105,4 +125,7 @@ OPERATIONS = {
     "depthwise, 2-D": _depthwise((4, 3)),
     "mlp": _mlp(),
     "mlp, fused": _mlp(torch.float16),
+    "rms_norm": _rms_norm(),
+    "swiglu": _swiglu(),
+    "swiglu_mlp": _swiglu_mlp(),
 }

@@ -58,6 +58,16 @@ def mlp(dtype, residual, c_out=6):
     return "convnext_mlp", make
 
 
+def rows(name, *sizes, dtype=torch.float32):
+    """Tensors of these sizes, and what the operator takes beside them."""
+
+    def make():
+        tensors = [(torch.randn(size) / (size[-1] ** 0.5 if i else 1)).to(dtype) for i, size in enumerate(sizes)]
+        return *tensors, *{"rms_norm": (1e-6,), "swiglu": (), "swiglu_mlp": (dtype,)}[name]
+
+    return name, make
+
+
 CASES = {
     "attention, short": attention(18, 0, False),
     "attention, short, registers": attention(18, 2, True, 8),
@@ -77,6 +87,13 @@ CASES = {
     "MLP, float32": mlp(torch.float32, True),
     "MLP, fused": mlp(torch.bfloat16, True),
     "MLP without a residual": mlp(torch.float16, False, 9),
+    "RMSNorm": rows("rms_norm", (2, 5, 7), (7,)),
+    "RMSNorm of one row": rows("rms_norm", (7,), (7,)),
+    "RMSNorm, bfloat16": rows("rms_norm", (70, 24), (24,), dtype=torch.bfloat16),
+    "SwiGLU": rows("swiglu", (2, 5, 7), (2, 5, 7)),
+    "SwiGLU of one row": rows("swiglu", (32,), (32,)),
+    "SwiGLU MLP": rows("swiglu_mlp", (2, 5, 6), (21, 6), (21, 6), (9, 21)),
+    "SwiGLU MLP, bfloat16": rows("swiglu_mlp", (11, 8), (32, 8), (32, 8), (8, 32), dtype=torch.bfloat16),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -250,6 +267,9 @@ def large(name):
         "convnext_mlp": lambda b: (
             empty(b, 5, 8), empty(32, 8), empty(32), empty(8, 32), empty(8), empty(b, 8, 5), torch.float32,
         ),
+        "rms_norm": lambda b: (empty(1000 * b, 8), empty(8), 1e-6),
+        "swiglu": lambda b: (empty(1000 * b, 8), empty(1000 * b, 8)),
+        "swiglu_mlp": lambda b: (empty(1000 * b, 8), empty(21, 8), empty(21, 8), empty(8, 21), torch.float32),
     }  # fmt: skip
     return sizes[name](batch)
 
