@@ -30,6 +30,13 @@ CONVNEXT = {"cnx-1d": (16, 512, 1000)} | {  # B, C, sizes
     f"cnx-2d C {channels}": (4, channels, height, width)
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8))
 }
+BLOCKS = {  # B, T, C, heads, registers
+    "att-freq": (1128, 64, 128, 4, 0),
+    "C 64": (1128, 64, 64, 2, 0),
+    "C 24": (16, 70, 24, 2, 3),
+    "C 96": (16, 70, 96, 3, 3),
+    "C 512": (4, 282, 512, 8, 4),
+}
 ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
@@ -105,6 +112,25 @@ def swiglu_mlp() -> Iterator[tuple[str, Arguments]]:
             yield f"rows-mlp-{name} {element}", (*tensors, dtype)
 
 
+def roformer_block() -> Iterator[tuple[str, Arguments]]:
+    for name, (batch, tokens, channels, heads, registers) in BLOCKS.items():
+        for label, stream, dtype in (
+            ("autocast", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+            ("fp32", torch.float32, torch.float32),
+        ):  # fmt: skip
+            tensors = _of_roformer_block(batch, tokens, channels, stream, torch.float32)
+            rope = empty(registers + tokens, channels // heads // 2, 2)
+            memory = empty(1, registers, channels, dtype=stream) if registers else None
+            yield f"block {name} {label}", (*tensors, rope, heads, -1, memory, registers > 0, 1e-6, 1e-6, dtype)
+
+
+def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dtype, dtype: torch.dtype) -> Arguments:
+    hidden = int(8 * channels / 3)
+    sizes = [(3 * channels, channels), (channels, channels), (hidden, channels), (hidden, channels)]
+    weights = (empty(*size, dtype=dtype) for size in (*sizes, (channels, hidden), (channels,), (channels,)))
+    return empty(batch, tokens, channels, dtype=stream), *weights
+
+
 WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by operator
     "rope_attention": attention,
     "grouped_rnn": recurrent,
@@ -113,8 +139,9 @@ WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by op
     "rms_norm": rms_norm,
     "swiglu": swiglu,
     "swiglu_mlp": swiglu_mlp,
+    "roformer_block": roformer_block,
 }
-PRODUCTS = ("rope_attention", "grouped_rnn")  # operators whose kernels make float32 products
+PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
 
 
 @dataclass(frozen=True)
@@ -212,6 +239,19 @@ def _swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments
     return f"{channels} -> {hidden} -> {c_out}", (*(empty(*size, dtype=dtype) for size in tensors), dtype)
 
 
+def _roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    heads, head_dim = draw.randint(1, 4), 2 * draw.randint(4, draw.choice((16, 64)))
+    channels, tokens, registers = heads * head_dim, draw.randint(1, 400), draw.choice((0, draw.randint(1, 16)))
+    stream = draw.choice((dtype, torch.float32))
+    tensors = _of_roformer_block(draw.randint(1, 4), tokens, channels, stream, torch.float32)
+    rope, memory = empty(registers + tokens, head_dim // 2, 2), None
+    if registers:
+        memory = empty(1, registers, channels, dtype=stream)
+    window, out = draw.choice((-1, draw.randint(1, 300))), registers > 0 and draw.random() < 0.5
+    label = f"block T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * out}"
+    return label, (*tensors, rope, heads, window, memory, out, 1e-6, 1e-6, dtype)
+
+
 RANDOM = {
     "rope_attention": _attention,
     "grouped_rnn": _recurrent,
@@ -220,6 +260,7 @@ RANDOM = {
     "rms_norm": _rms_norm,
     "swiglu": _swiglu,
     "swiglu_mlp": _swiglu_mlp,
+    "roformer_block": _roformer_block,
 }
 
 

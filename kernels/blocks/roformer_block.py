@@ -10,8 +10,8 @@ Launches, 16 bits up to 128 channels: pack, norm and qkv, attention, output prod
 norm and qkv by the input, unpack and the sum of its scales: 8 to 10; above, and for float32 also forward, the library
 multiplies (`steps`). Registers run the same kernels over rows of their own: one launch more forward (two with their
 output), three more backward (six).
-Kept for backward besides the arguments: x̂₁, qkv, the attention's output and x̂₂, 12 bytes an element in 16 bits, two rstd
-a row, what the attention keeps, and the packed weights. Neither x + attention nor gate and up are kept.
+Kept for backward besides the arguments: x̂₁, qkv, the attention's output and x̂₂, 12 bytes an element in 16 bits, two
+rstd a row, what the attention keeps, and the packed weights. Neither x + attention nor gate and up are kept.
 """
 
 import torch
@@ -143,9 +143,7 @@ def _forward(
         (attended, register_attended, lse), qkv_tokens, rope, n_head, window, qkv_registers, registers_out, keep
     )
     kept2 = [_split(t, len(rows)) for t in (normalized2, rstd2)]
-    steps.mlp_forward(
-        _as_rows(attended), out_weight, rows, mlp_weight, _as_rows(y), *(t for t, _ in kept2), eps_mlp
-    )
+    steps.mlp_forward(_as_rows(attended), out_weight, rows, mlp_weight, _as_rows(y), *(t for t, _ in kept2), eps_mlp)
     if registers_out:
         residual = _as_rows(registers.expand(x.shape[0], -1, -1))
         steps.mlp_forward(

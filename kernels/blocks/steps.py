@@ -1,8 +1,8 @@
-"""The steps that blocks are made of, over rows (N, C), each one way or the other (`config.fuses`): in a fused kernel, or
-in the library's products with the kernels of `rows` between them.
+"""The steps that blocks are made of, over rows (N, C): in a fused kernel, or in the library's products with the kernels
+of `rows` between them, as `config.fuses` says.
 
-Weights are packed (`pack`); y, its gradient and the residual stream have one dtype, what stands between products that of
-the weights. Products by the library write into tensors that were made for them (`out=`), which autocast leaves alone.
+Weights are packed (`pack`); y, its gradient and the residual stream have one dtype, what stands between products that
+of the weights. Products by the library write into tensors made for them (`out=`), which autocast leaves alone.
 """
 
 import torch
@@ -13,9 +13,7 @@ from fastblocks.kernels.blocks.grad_weight import grad_weight
 from fastblocks.kernels.rows import rms_norm, swiglu
 
 
-def norm_linear_forward(
-    x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Tensor, eps: float
-) -> None:
+def norm_linear_forward(x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Tensor, eps: float) -> None:
     """Fills out (N, M), and normalized (N, C) and rstd (N,) for backward."""
     if config.fuses(x.shape[1], weight.dtype):
         norm_linear.forward(x, weight, out, normalized, rstd, eps)

@@ -15,6 +15,12 @@ CALLS = {
     "rms_norm": (F.rms_norm, [ones(2, 8), ones(8)], {}),
     "swiglu": (F.swiglu, [ones(2, 8), ones(2, 8)], {}),
     "swiglu_mlp": (F.swiglu_mlp, [ones(2, 8), ones(4, 8), ones(4, 8), ones(8, 4)], {}),
+    "roformer_block": (
+        F.roformer_block,
+        [ones(1, 6, 8), ones(24, 8), ones(8, 8), ones(4, 8), ones(4, 8), ones(8, 4), ones(8), ones(8),
+         F.rope_table(6, 4)],
+        {"n_head": 2},
+    ),
     "rope_attention": (F.rope_attention, [ones(1, 6, 24), F.rope_table(6, 4)], {"n_head": 2}),
     "grouped_gru": (F.grouped_gru, [ones(1, 4, 6), ones(1, 2, 9, 3), ones(1, 2, 9, 3)], {}),
     "grouped_lstm": (F.grouped_lstm, [ones(1, 4, 6), ones(1, 2, 12, 3), ones(1, 2, 12, 3)], {}),
