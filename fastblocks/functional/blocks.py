@@ -8,6 +8,7 @@ from torch import Tensor
 from fastblocks.eager import blocks as eager
 from fastblocks.functional._dispatch import require, require_floating, run, shape
 from fastblocks.functional.attention import check_positions, rope_attention, seen_window
+from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
 from fastblocks.functional.rows import rms_norm, swiglu_mlp
 
 
@@ -64,20 +65,13 @@ def roformer_block(
     )
     batch, length, width = x.shape
     require(
-        shape(weight_qkv) == (3 * width, width)
-        and shape(weight_out) == (width, width)
-        and weight_gate.dim() == 2
-        and weight_gate.shape[1] == width
-        and weight_up.shape == weight_gate.shape
-        and shape(weight_down) == (width, weight_gate.shape[0])
-        and shape(scale_attention) == shape(scale_mlp) == (width,),
+        shape(weight_qkv) == (3 * width, width) and shape(weight_out) == (width, width),
         lambda: (
-            f"roformer_block: x {shape(x)} needs weight_qkv ({3 * width}, {width}), weight_out ({width}, {width}), "
-            f"weight_gate and weight_up (F, {width}), weight_down ({width}, F) and scales ({width},), got "
-            f"{shape(weight_qkv)}, {shape(weight_out)}, {shape(weight_gate)}, {shape(weight_up)}, "
-            f"{shape(weight_down)}, {shape(scale_attention)} and {shape(scale_mlp)}"
+            f"roformer_block: x {shape(x)} needs weight_qkv ({3 * width}, {width}) and weight_out ({width}, {width}), "
+            f"got {shape(weight_qkv)} and {shape(weight_out)}"
         ),
     )
+    _check_mlp("roformer_block", x, weight_gate, weight_up, weight_down, scale_attention, scale_mlp)
     n_registers = 0
     if registers is not None:
         require(
@@ -90,15 +84,99 @@ def roformer_block(
         lambda: "roformer_block: return_registers=True, but there are no registers",
     )
     check_positions("roformer_block", rope, width // n_head, length, n_registers, window)
-    weights = {"weight_qkv": weight_qkv, "weight_out": weight_out, "weight_gate": weight_gate, "weight_up": weight_up}
-    scales = {"weight_down": weight_down, "scale_attention": scale_attention, "scale_mlp": scale_mlp}
-    require_floating("roformer_block", x=x, **weights, **scales, rope=rope, registers=registers)
+    tensors = {
+        "x": x, "weight_qkv": weight_qkv, "weight_out": weight_out, "weight_gate": weight_gate, "weight_up": weight_up,
+        "weight_down": weight_down, "scale_attention": scale_attention, "scale_mlp": scale_mlp, "rope": rope,
+    }  # fmt: skip
+    require_floating("roformer_block", **tensors, registers=registers)
     if n_registers == 0:
         registers = None
     return run(
-        "roformer_block", _kernels, _composed, x, *weights.values(), *scales.values(), rope, n_head,
+        "roformer_block", _roformer_kernels, _composed_roformer, *tensors.values(), n_head,
         seen_window(window, length), registers, return_registers, eps_attention, eps_mlp,
     )  # fmt: skip
+
+
+def rnn_block(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    weight_down: Tensor,
+    scale_rnn: Tensor,
+    scale_mlp: Tensor,
+    *,
+    eps_rnn: float = 1e-6,
+    eps_mlp: float = 1e-6,
+) -> Tensor:
+    """A block of independent GRUs or LSTMs, L layers deep, and a SwiGLU layer, each behind an RMSNorm.
+
+    `x = x + rnn(rms_norm(x))`, then `x = x + swiglu_mlp(rms_norm(x))`; layers as in `grouped_gru` and `grouped_lstm`,
+    from zero states, without biases. Where no kernel takes the whole, it is put together from `rms_norm`, those and
+    `swiglu_mlp`, each of which may still run in a kernel of its own.
+
+    Args:
+        x: (B, T, C), C = G·N·H.
+        weight_ih: (L, N, G, 3H, N·H), or with 4H an LSTM's; N = 1 for one direction, 2 for both.
+        weight_hh: (L, N, G, 3H or 4H, H).
+        weight_gate, weight_up: (F, C).
+        weight_down: (C, F).
+        scale_rnn, scale_mlp: (C,), of the norms.
+        eps_rnn, eps_mlp: of the norms.
+
+    Returns:
+        (B, T, C), in the promoted dtype of x and, under autocast, autocast's.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    require(x.dim() == 3, lambda: f"rnn_block: x must be (B, T, C), got {shape(x)}")
+    width = x.shape[2]
+    fits = weight_ih.dim() == weight_hh.dim() == 5
+    if fits:
+        layers, directions, groups, rows, hidden = weight_hh.shape
+        fits = (
+            layers > 0
+            and directions in (1, 2)
+            and rows in (3 * hidden, 4 * hidden)
+            and width == groups * directions * hidden
+            and shape(weight_ih) == (layers, directions, groups, rows, directions * hidden)
+        )
+    require(
+        fits,
+        lambda: (
+            f"rnn_block: x {shape(x)} needs weight_ih (L, N, G, 3H or 4H, N·H) and weight_hh (L, N, G, 3H or 4H, H) "
+            f"with G·N·H = {width} and N 1 or 2, got {shape(weight_ih)} and {shape(weight_hh)}"
+        ),
+    )
+    _check_mlp("rnn_block", x, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp)
+    tensors = {
+        "x": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "weight_gate": weight_gate, "weight_up": weight_up,
+        "weight_down": weight_down, "scale_rnn": scale_rnn, "scale_mlp": scale_mlp,
+    }  # fmt: skip
+    require_floating("rnn_block", **tensors)
+    return run("rnn_block", _rnn_kernels, _composed_rnn, *tensors.values(), eps_rnn, eps_mlp)
+
+
+def _check_mlp(
+    operation: str, x: Tensor, gate: Tensor, up: Tensor, down: Tensor, first_scale: Tensor, scale: Tensor
+) -> None:
+    width = x.shape[2]
+    require(
+        gate.dim() == 2
+        and gate.shape[1] == width
+        and up.shape == gate.shape
+        and shape(down) == (width, gate.shape[0])
+        and shape(first_scale) == shape(scale) == (width,),
+        lambda: (
+            f"{operation}: x {shape(x)} needs weight_gate and weight_up (F, {width}), weight_down ({width}, F) and "
+            f"scales ({width},), got {shape(gate)}, {shape(up)}, {shape(down)}, {shape(first_scale)} and {shape(scale)}"
+        ),
+    )
+
+
+# ---- put together from operations that are asked one by one ----------------------------------------------------------
 
 
 def _attention(
@@ -109,10 +187,25 @@ def _attention(
     )
 
 
-_composed = partial(eager.roformer_block, parts=(rms_norm, _attention, swiglu_mlp))
+def _gru(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *nothing: None) -> tuple[Tensor, Tensor]:
+    return grouped_gru(x, weight_ih, weight_hh)
 
 
-def _kernels() -> ModuleType:
+def _lstm(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, *nothing: None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return grouped_lstm(x, weight_ih, weight_hh)
+
+
+_composed_roformer = partial(eager.roformer_block, parts=(rms_norm, _attention, swiglu_mlp))
+_composed_rnn = partial(eager.rnn_block, parts=(rms_norm, _gru, _lstm, swiglu_mlp))
+
+
+def _roformer_kernels() -> ModuleType:
     from fastblocks.kernels.blocks import roformer_block
 
     return roformer_block
+
+
+def _rnn_kernels() -> ModuleType:
+    from fastblocks.kernels.blocks import rnn_block
+
+    return rnn_block

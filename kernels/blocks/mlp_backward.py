@@ -1,7 +1,7 @@
 """Gradients of `mlp`: by its input and, through it, by the attention's output; and by the weights.
 
     g = ∂gate W_gate + ∂up W_up,  (∂gate, ∂up) from ∂hidden = ∂y W_down through SwiGLU
-    ∂m = ∂y + rstd · (g − x̂ · mean(g ∘ x̂))     ∂a = ∂m W_out
+    ∂m = ∂y + rstd · (g − x̂ · mean(g ∘ x̂))     ∂a = ∂m W_out, or ∂m
     ∂W_gate = ∂gateᵀ x̂    ∂W_up = ∂upᵀ x̂    ∂W_downᵀ = hiddenᵀ ∂y      of the packed weights, (3, F', C)
 
 Both kernels recompute gate and up from x̂: storing them would move 6F/C bytes an element of (N, C), the largest tensors
@@ -50,8 +50,8 @@ def _block_mlp_grad_x_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grid (blocks of rows,). HAS_PRODUCT: also grad_addend. NARROW: also grad_y in the products' dtype, read back as
-    an operand in shared memory."""
+    """grid (blocks of rows,). HAS_PRODUCT: grad_addend is grad_m W_out, else grad_m. NARROW: the products have another
+    dtype than grad_y, which is also stored in that and read back as an operand in shared memory."""
     start_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
@@ -85,8 +85,9 @@ def _block_mlp_grad_x_kernel(
     if HAS_PRODUCT:
         offs_out = offs_c[:, None] * C + offs_c[None, :]
         weight_out = tl.load(weight_out_ptr + offs_out, mask=mask_c[:, None] & mask_c[None, :], other=0.0)
-        grad_addend = dot(round_to(grad_m, weight_out.dtype), weight_out, "ieee")
-        grad_addend = round_to(grad_addend, grad_addend_ptr.dtype.element_ty)
+        grad_m = dot(round_to(grad_m, weight_out.dtype), weight_out, "ieee")
+    if HAS_PRODUCT or NARROW:
+        grad_addend = round_to(grad_m, grad_addend_ptr.dtype.element_ty)
         tl.store(grad_addend_ptr + start_m * C + offs, grad_addend, mask=mask)
 
 
@@ -150,8 +151,8 @@ def grad_x(
     grad_addend: Tensor | None,
     narrow: Tensor | None,
 ) -> None:
-    """Fills grad_m and grad_addend (N, C), the latter with weight_out only; and narrow, grad_y in the products'
-    dtype, where that is another."""
+    """Fills grad_m and grad_addend (N, C), and narrow, grad_y in the products' dtype; narrow is None where grad_y has
+    that dtype, and then, without weight_out, grad_addend, which is grad_m."""
     n_rows, channels = normalized.shape
     chosen = config.launch_config("block_mlp_grad_x", grad_y, weight)
     launch(

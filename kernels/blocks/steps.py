@@ -82,7 +82,7 @@ def _gate_up(normalized: Tensor, weight: Tensor) -> Tensor:
 
 def mlp_backward_all(
     grad_y: Tensor,
-    addend: Tensor,
+    addend: Tensor | None,
     normalized: Tensor,
     rstd: Tensor,
     weight: Tensor,
@@ -90,19 +90,19 @@ def mlp_backward_all(
     partial: Tensor | None,
     partial_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and of the addend (of the latter only with weight_out a tensor of its own), and the weights' in
-    partial (slabs, 3, F', C) and partial_out (slabs, C, C), where they are not None."""
+    """Gradients of x and of the addend, which may be one tensor, and the weights' in partial (slabs, 3, F', C) and
+    partial_out (slabs, C, C), where they are not None."""
     dtype = weight.dtype
     grad_m = torch.empty_like(grad_y)
     if config.fuses(weight.shape[2], dtype, backward=True):
         narrow = None if grad_y.dtype == dtype else torch.empty_like(normalized)
-        grad_addend = None if weight_out is None else torch.empty_like(addend)
+        grad_addend = grad_m if narrow is None and weight_out is None else torch.empty_like(normalized)
         mlp_backward.grad_x(grad_y, normalized, rstd, weight, weight_out, grad_m, grad_addend, narrow)
         if partial is not None:
             mlp_backward.grad_weight(grad_y if narrow is None else narrow, normalized, weight, partial)
             if weight_out is not None:
                 grad_weight(grad_m, addend, partial_out)
-        return grad_m, grad_m if weight_out is None else grad_addend
+        return grad_m, grad_addend
 
     narrow, (_, padded, channels) = grad_y.to(dtype), weight.shape
     gate_up = _gate_up(normalized, weight)
@@ -115,9 +115,9 @@ def mlp_backward_all(
         torch.mm(gate_up.t(), normalized, out=partial[0, :2].view(-1, channels))
         torch.mm(hidden.t(), narrow, out=partial[0, 2])
     rms_norm.backward(grad, normalized, rstd, None, grad_m, kept_is_normalized=True, grad_residual=grad_y)
-    if weight_out is None:
-        return grad_m, grad_m
     narrow = grad_m.to(dtype)
+    if weight_out is None:
+        return grad_m, narrow
     torch.mm(narrow, weight_out, out=grad)
     if partial_out is not None:
         torch.mm(narrow.t(), addend, out=partial_out[0])
