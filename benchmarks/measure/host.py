@@ -33,6 +33,7 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     x, w, u, v = leaves((2, 3, 16), (1, 2, 24, 8), (1, 2, 24, 8), (1, 2, 32, 8))
     image, kernel, bias, norm = leaves((1, 8, 6, 6), (8, 1, 3, 3), (8,), (8,))
     rows, w1, b1, w2, b2, residual = leaves((1, 6, 6, 8), (32, 8), (32,), (8, 32), (8,), (1, 8, 6, 6))
+    norm_rows, scale, gate, up, down = leaves((6, 8), (8,), (21, 8), (21, 8), (8, 21))
     return {
         "rope_attention, short": (lambda: F.rope_attention(qkv, rope, 2), [qkv]),
         "rope_attention, window, registers": (
@@ -49,6 +50,9 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
             lambda: F.convnext_mlp(rows, w1, b1, w2, b2, residual=residual),
             [rows, w1, b1, w2, b2, residual],
         ),
+        "rms_norm": (lambda: F.rms_norm(norm_rows, scale), [norm_rows, scale]),
+        "swiglu": (lambda: F.swiglu(gate, up), [gate, up]),
+        "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),
     }
 
 

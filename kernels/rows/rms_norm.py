@@ -253,7 +253,7 @@ _operator = Operator(
     forward=_forward,
     saved=("rstd",),
     backward=_backward,
-    formula=eager.rms_norm,
+    formula=eager.rms_norm_formula,
 )
 
 

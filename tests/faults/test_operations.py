@@ -10,7 +10,7 @@ import torch
 from fastblocks import backend, functional
 from fastblocks.functional.convnext import conv_output_size
 from tests.compare import relative_error
-from tests.reference import attention, convnext, recurrent
+from tests.reference import attention, convnext, recurrent, rows
 
 pytestmark = pytest.mark.usefixtures("poison")  # also what an operation allocates below the dispatcher
 
@@ -261,3 +261,71 @@ def test_mlp(name, dtype):
         leaves,
         dtype,
     )
+
+
+# ---- rms_norm, swiglu, swiglu_mlp ------------------------------------------------------------------------------------
+
+ROWS = {"aligned": (37, 24), "odd": (5, 341), "whole lines of odd rows": (16, 21), "one row": (1, 100)}
+
+
+def every(cases, dtypes=DTYPES):
+    return pytest.mark.parametrize(
+        ("name", "dtype"),
+        [(name, dtype) for dtype in dtypes for name in cases],
+        ids=lambda value: value if isinstance(value, str) else dtype_name(value),
+    )
+
+
+@every(ROWS)
+def test_rms_norm(name, dtype):
+    n, c = ROWS[name]
+    leaves = {"x": torch.randn(n, c), "scale": torch.randn(c)}
+    operation = lambda x, scale: (functional.rms_norm(x, scale, 0.1),)  # noqa: E731
+    check(operation, lambda x, scale: (rows.rms_norm(x, scale, 0.1),), leaves, dtype)
+
+
+@every(ROWS)
+def test_swiglu(name, dtype):
+    leaves = {"gate": torch.randn(ROWS[name]), "up": torch.randn(ROWS[name])}
+    check(lambda **tensors: (functional.swiglu(**tensors),), lambda **t: (rows.swiglu(**t),), leaves, dtype)
+
+
+@every(ROWS, DTYPES[:1])
+def test_halves_of_one_product(name, dtype):
+    n, f = ROWS[name]
+    check(
+        lambda both: (functional.swiglu(*both.chunk(2, -1)),),
+        lambda both: (rows.swiglu(*both.chunk(2, -1)),),
+        {"both": torch.randn(n, 2 * f)},
+        dtype,
+    )
+
+
+@every({"odd": (), "aligned": ()})
+def test_swiglu_mlp(name, dtype):
+    n, c, f, out = (37, 24, 21, 5) if name == "odd" else (17, 16, 32, 16)
+    sizes = {"weight_gate": (f, c), "weight_up": (f, c), "weight_down": (out, f)}
+    leaves = {"x": torch.randn(n, c)} | {key: torch.randn(size) / size[1] ** 0.5 for key, size in sizes.items()}
+    check(lambda **tensors: (functional.swiglu_mlp(**tensors),), lambda **t: (rows.swiglu_mlp(**t),), leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sum_normalized_and_its_gradient(name, dtype):
+    """What blocks launch: an addend, a residual's gradient, and gradients in place."""
+    from fastblocks.kernels.rows import rms_norm
+
+    n, c = ROWS[name]
+    x, addend, grad = torch.randn(3, n, c).to("cuda", dtype).unbind()
+    x, addend, grad = x.clone(), addend.clone(), grad.clone()  # each at the end of its own allocation
+    total, out, grad_x = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    rstd = torch.empty(n, device="cuda")
+    rms_norm.forward(x, None, 0.1, out, rstd, addend, total)
+    wide = total.double().requires_grad_()
+    exact = rows.rms_norm(wide, torch.ones(c, device="cuda", dtype=torch.float64), 0.1)
+    torch.autograd.backward([exact], [grad.double()])
+    want = wide.grad + grad.double()
+    rms_norm.backward(grad, out, rstd, None, grad_x, kept_is_normalized=True, grad_residual=grad)
+    rms_norm.backward(grad, total, rstd, None, grad, kept_is_normalized=False, grad_residual=grad)
+    for got, right in ((out, exact), (grad_x, want), (grad, want)):
+        assert relative_error(got, right) < ALLOWED[dtype]
