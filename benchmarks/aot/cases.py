@@ -124,6 +124,22 @@ def roformer_block() -> Iterator[tuple[str, Arguments]]:
             yield f"block {name} {label}", (*tensors, rope, heads, -1, memory, registers > 0, 1e-6, 1e-6, dtype)
 
 
+def rnn_block() -> Iterator[tuple[str, Arguments]]:
+    for channels, groups in ((128, 8), (64, 8)):
+        for label, stream, dtype in (
+            ("autocast", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+        ):  # fmt: skip
+            arguments = _of_rnn_block(256, 282, channels, groups, stream)
+            yield f"block rnn-time C {channels} {label}", (*arguments, 1e-6, 1e-6, dtype)
+
+
+def _of_rnn_block(batch: int, length: int, channels: int, groups: int, stream: torch.dtype) -> Arguments:
+    hidden, units = int(8 * channels / 3), channels // groups
+    sizes = [(2, 1, groups, 3 * units, units)] * 2 + [(hidden, channels)] * 2 + [(channels, hidden)]
+    weights = (empty(*size) for size in (*sizes, (channels,), (channels,)))
+    return empty(batch, length, channels, dtype=stream), *weights
+
+
 def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dtype, dtype: torch.dtype) -> Arguments:
     hidden = int(8 * channels / 3)
     sizes = [(3 * channels, channels), (channels, channels), (hidden, channels), (hidden, channels)]
@@ -140,6 +156,7 @@ WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by op
     "swiglu": swiglu,
     "swiglu_mlp": swiglu_mlp,
     "roformer_block": roformer_block,
+    "rnn_block": rnn_block,
 }
 PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
 
@@ -252,6 +269,14 @@ def _roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Argum
     return label, (*tensors, rope, heads, window, memory, out, 1e-6, 1e-6, dtype)
 
 
+def _rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    groups = draw.randint(1, 8)
+    channels = groups * draw.randint(1, draw.choice((8, 32)))
+    stream = draw.choice((dtype, torch.float32))
+    arguments = _of_rnn_block(draw.randint(1, 20), draw.randint(1, 400), channels, groups, stream)
+    return f"block C {channels} groups {groups}", (*arguments, 1e-6, 1e-6, dtype)
+
+
 RANDOM = {
     "rope_attention": _attention,
     "grouped_rnn": _recurrent,
@@ -261,6 +286,7 @@ RANDOM = {
     "swiglu": _swiglu,
     "swiglu_mlp": _swiglu_mlp,
     "roformer_block": _roformer_block,
+    "rnn_block": _rnn_block,
 }
 
 

@@ -132,6 +132,20 @@ def _roformer_block(dtype: torch.dtype, register_tokens: int = 2) -> Operation:
     return Operation(sizes, run, exact, dtype)
 
 
+def _rnn_block(gates: int, dtype: torch.dtype) -> Operation:
+    batch, length, layers, groups, units, hidden = 2, 3, 2, 2, 4, 21
+    width = groups * units
+    sizes = {"x": (batch, length, width)}
+    sizes |= dict.fromkeys(("weight_ih", "weight_hh"), (layers, 1, groups, gates * units, units))
+    sizes |= dict.fromkeys(("weight_gate", "weight_up"), (hidden, width)) | {"weight_down": (width, hidden)}
+    sizes |= dict.fromkeys(("scale_rnn", "scale_mlp"), (width,))
+    eps = {"eps_rnn": 0.1, "eps_mlp": 0.1}  # as above
+    return Operation(
+        sizes, lambda **leaves: functional.rnn_block(**leaves, **eps),
+        lambda **leaves: blocks.rnn_block_of(**leaves, **eps), dtype,
+    )  # fmt: skip
+
+
 OPERATIONS = {
     "attention, short": _attention(9, -1),
     "attention, short, window": _attention(9, 4),
@@ -145,6 +159,8 @@ OPERATIONS = {
     "mlp": _mlp(),
     "mlp, fused": _mlp(torch.float16),
     "rms_norm": _rms_norm(),
+    "rnn_block": _rnn_block(3, torch.float32),
+    "rnn_block, fused": _rnn_block(4, torch.float16),
     "roformer_block": _roformer_block(torch.float32),
     "roformer_block, fused": _roformer_block(torch.float16),
     "swiglu": _swiglu(),

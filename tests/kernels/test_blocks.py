@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import fastblocks
 from fastblocks import backend, functional
 from tests.compare import ROUNDING, assert_as_exact, assert_close, relative_error
+from tests.reference.blocks import rnn_block_of as rnn_reference
 from tests.reference.blocks import roformer_block_of as reference
 
 pytest.importorskip("triton")
@@ -337,6 +338,60 @@ def test_only_one_result_is_used(mode, device, poison):
             assert relative_error(got, want) < (0.03 if mode == "autocast" else 1e-5)
 
 
+# B, T, C, G, layers, gates, directions
+RNNS = {
+    "GRU": (2, 5, 16, 2, 2, 3, 1),
+    "GRU, both directions, one row": (1, 1, 24, 3, 2, 3, 2),
+    "LSTM": (3, 4, 24, 2, 1, 4, 1),
+    "GRU, projection apart": (2, 3, 80, 2, 2, 3, 1),
+    "LSTM, projection apart": (2, 3, 136, 2, 1, 4, 2),
+}
+
+
+def rnn_inputs(case, mode, device):
+    batch, length, channels, groups, layers, gates, directions = case
+    parameters, stream, _ = MODES[mode]
+    units, hidden = channels // groups // directions, int(8 * channels / 3)
+    sizes = [(layers, directions, groups, gates * units, n) for n in (directions * units, units)]
+    sizes += [(hidden, channels), (hidden, channels), (channels, hidden)]
+    weights = [randn(*size, device=device) / size[-1] ** 0.5 for size in sizes]
+    weights += [1 + randn(channels, device=device) / 5 for _ in range(2)]
+    return [randn(batch, length, channels, device=device, dtype=stream), *(w.to(parameters) for w in weights)]
+
+
+def run_rnn(name, leaves, mode):
+    if name == "reference":
+        return rnn_reference(*leaves)
+    autocast = MODES[mode][2]
+    scope = torch.autocast(leaves[0].device.type, autocast) if autocast else contextlib.nullcontext()
+    with backend.use_backend(name), scope, backend._watch() as decisions:
+        y = functional.rnn_block(*leaves)
+    assert decisions[0].operation == "rnn_block" and decisions[0].backend == name, decisions
+    return y
+
+
+def rnn_results(name, inputs, mode, grad):
+    leaves = widen(*inputs) if name == "reference" else leaves_of(*inputs)
+    y = run_rnn(name, leaves, mode)
+    return [y, *torch.autograd.grad(y, leaves, grad.to(y.dtype))]
+
+
+@pytest.mark.parametrize("mode", ["float32", "float16", "bfloat16", "autocast", "autocast to float16"])
+@pytest.mark.parametrize("name", RNNS)
+def test_every_rnn(name, mode, device, poison):
+    """16 bits are held to a number, not to PyTorch: the recurrence's own tests do that, and here its errors prevail."""
+    inputs = rnn_inputs(RNNS[name], mode, device)
+    grad = randn(*inputs[0].shape, device=device)
+    names = ("y", "x", "weight_ih", "weight_hh", "weight_gate", "weight_up", "weight_down", "scale_rnn", "scale_mlp")
+    found = [rnn_results(backend, inputs, mode, grad) for backend in ("triton", "triton", "eager", "reference")]
+    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
+    check(found[1][:1], found[2][:1], found[3][:1], names[:1])
+    allowed = {"float32": 2e-6, "float16": 5e-3, "autocast to float16": 5e-3}.get(mode, 3e-2)
+    for what, got, eager, exact in zip(names, *found[1:], strict=True):
+        assert got.dtype == eager.dtype, what
+        assert relative_error(got, exact) < allowed, what
+
+
 def names_of_launches(monkeypatch, function):
     names = []
     with monkeypatch.context() as patch:
@@ -376,30 +431,35 @@ def of_every_kind(device):
     registers = {"num_register_tokens": 2, "window_size": 4}
     yield fastblocks.RoFormerBlock(16, 2, 9).to(device)
     yield fastblocks.AttentionRegisterRoFormerBlock(16, 2, 9, **registers).to(device)
+    for kind in ("gru", "lstm"):
+        yield fastblocks.RNNBlock(16, 2, 2, kind, kind == "lstm").to(device)
 
 
 def test_modules_run_as_one_operation(device):
     x = randn(2, 9, 16, device=device)
     for block in of_every_kind(device):
         with backend.use_backend("triton"):
-            assert fastblocks.explain(block, x) == "roformer_block: triton"
+            assert fastblocks.explain(block, x) in ("roformer_block: triton", "rnn_block: triton")
             y = block(x)
         with backend.use_backend("eager"):
             assert_close(y, block.double()(x.double()), terms=64)
 
 
-@pytest.mark.parametrize("child", ["att.c_attn", "mlp.c_fc2", "ffn_norm"])
+@pytest.mark.parametrize("child", ["att.c_attn", "rnn.rnns.1", "rnn.rnns", "mlp.c_fc2", "ffn_norm"])
 def test_a_child_that_is_not_plain_is_called(child, device):
     """It is heard of, and the others still run in kernels."""
     x = randn(2, 9, 16, device=device)
     for block in of_every_kind(device):
+        if not hasattr(block, child.split(".")[0]):
+            continue
         called = []
         block.get_submodule(child).register_forward_hook(lambda *_, called=called: called.append(1))
         with backend.use_backend("triton"):
             said = fastblocks.explain(block, x).splitlines()
-        assert called
-        assert said[0].startswith("roformer_block: eager (replaced, hooked") and child.split(".")[-1] in said[0]
-        assert "rope_attention: triton" in said
+        assert called or child == "rnn.rnns"  # a list has no call
+        operation, inner = ("rnn_block", "grouped_") if hasattr(block, "rnn") else ("roformer_block", "rope_attention")
+        assert said[0].startswith(f"{operation}: eager (replaced, hooked") and child.split(".")[-1] in said[0]
+        assert any(line.startswith(inner) and ": triton" in line for line in said)
 
 
 def change_data(weight):
@@ -418,20 +478,19 @@ def in_place(weight):
 @pytest.mark.parametrize("change", [change_data, swap_data, in_place], ids=lambda f: f.__name__)
 def test_weights_are_read_at_every_call(change, device):
     """Moving averages write through `.data`, which leaves a parameter's address and version as they were."""
-    x = randn(1, 5, 16, device=device)
-    block = fastblocks.RoFormerBlock(16, 2, 9).to(device).to(torch.bfloat16)
-    x = x.to(torch.bfloat16)
+    x = randn(1, 5, 16, device=device, dtype=torch.bfloat16)
+    block, other = (fastblocks.RoFormerBlock(16, 2, 9).to(device, torch.bfloat16) for _ in range(2))
     with backend.use_backend("triton"), torch.no_grad():
+        after = block(x)
         for weight in block.parameters():
-            before = block(x)
+            before = after
             change(weight)
             after = block(x)
             assert not torch.equal(after, before)
-            fresh = copy.deepcopy(block)
-            assert torch.equal(fresh(x), after)
-            other = fastblocks.RoFormerBlock(16, 2, 9).to(device).to(torch.bfloat16)
-            other.load_state_dict(block.state_dict())
-            assert torch.equal(other(x), after)
+        assert torch.equal(copy.deepcopy(block)(x), after)
+        other(x)
+        other.load_state_dict(block.state_dict())
+        assert torch.equal(other(x), after)
 
 
 def test_what_the_kernels_do_not_take(device):

@@ -82,6 +82,20 @@ def roformer(dtype, registers=0, registers_out=False, stream=None, channels=16, 
     return "roformer_block", make
 
 
+def rnn(dtype, gates, layers, stream=None):
+    def make():
+        directions, groups, units, hidden = 1, 2, 8, 21
+        width = directions * groups * units
+        sizes = [(2, 3, width), (layers, directions, groups, gates * units, directions * units)]
+        sizes += [(layers, directions, groups, gates * units, units), (hidden, width), (hidden, width)]
+        sizes += [(width, hidden), (width,), (width,)]
+        tensors = [(torch.randn(size) / (size[-1] ** 0.5 if i else 1)).to(dtype) for i, size in enumerate(sizes)]
+        tensors[0] = tensors[0].to(stream or dtype)
+        return *tensors, 1e-6, 0.1, dtype
+
+    return "rnn_block", make
+
+
 CONSTANTS = {"rope_attention": (1,), "roformer_block": (8,)}  # by operator: tensors that take no gradient
 WITH_X = {"rope_attention": 4, "roformer_block": 11}  # by operator: the registers, which have the dtype of x
 
@@ -110,6 +124,8 @@ CASES = {
     "SwiGLU": rows("swiglu", (2, 5, 7), (2, 5, 7)),
     "SwiGLU of one row": rows("swiglu", (32,), (32,)),
     "SwiGLU MLP": rows("swiglu_mlp", (2, 5, 6), (21, 6), (21, 6), (9, 21)),
+    "RNN block, float32": rnn(torch.float32, 3, 2),
+    "RNN block, fused": rnn(torch.float16, 4, 1, stream=torch.float32),
     "RoFormer block, float32": roformer(torch.float32),
     "RoFormer block, fused": roformer(torch.bfloat16, 2, True, stream=torch.float32, window=3),
     "RoFormer block, fused forward": roformer(torch.bfloat16, channels=72),
@@ -288,6 +304,10 @@ def large(name):
         ),
         "rms_norm": lambda b: (empty(1000 * b, 8), empty(8), 1e-6),
         "swiglu": lambda b: (empty(1000 * b, 8), empty(1000 * b, 8)),
+        "rnn_block": lambda b: (
+            empty(b, 40, 16), empty(1, 1, 2, 24, 8), empty(1, 1, 2, 24, 8), empty(21, 16), empty(21, 16),
+            empty(16, 21), empty(16), empty(16), 1e-6, 1e-6, torch.bfloat16,
+        ),
         "roformer_block": lambda b: (
             empty(b, 40, 16), empty(48, 16), empty(16, 16), empty(21, 16), empty(21, 16), empty(16, 21), empty(16),
             empty(16), empty(40, 4, 2), 2, -1, None, False, 1e-6, 1e-6, torch.bfloat16,
