@@ -28,7 +28,7 @@ NORMS = {
     "136": (9, 136),
     "341": (5, 341),
     "1000": (3, 1000),
-    "1": (5, 1),
+    "several tiles per program": (70, 1000),
     "4097": (2, 4097),
     "16384": (3, 16384),
 }
@@ -232,6 +232,12 @@ def test_a_sum_is_written_and_normalized(has_weight, stream, out_dtype, device, 
     want = reference.rms_norm(wide, ones if weight is None else weight.double(), EPS)
     assert relative_error(out, want) < 2 * ROUNDING[out_dtype] + 1e-6
     torch.testing.assert_close(rstd.double(), (wide.square().mean(-1) + EPS).rsqrt(), rtol=1e-6, atol=0)
+
+
+def test_rows_of_one_number(device, poison):
+    """Small ones: of larger ones the gradient is all rounding."""
+    x, scale = inputs_of("rms_norm", (70, 1), device)
+    check("rms_norm", [EPS * x, scale])
 
 
 def test_without_rstd_the_same_bits(device, poison):
