@@ -4,6 +4,8 @@ import os
 import sys
 from importlib import import_module
 
+from benchmarks.options import BadInput
+
 # before PyTorch is loaded: the profiler that measures memory on a CPU would talk on stderr
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -19,6 +21,15 @@ COMMANDS = {  # name -> module, and what it does
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code."""
+    try:
+        return run(arguments)
+    except BadInput as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+
+def run(arguments: list[str]) -> int:
+    """Find the command and run it; returns the exit code."""
     if arguments and arguments[0] in COMMANDS:
         return import_module(COMMANDS[arguments[0]][0]).main(arguments[1:])
     if "TORCHELASTIC_RUN_ID" in os.environ:

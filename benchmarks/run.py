@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.util import find_spec
 from itertools import groupby
-from pathlib import Path
 
 import torch
 
@@ -19,9 +18,9 @@ import fastblocks
 from benchmarks import providers
 from benchmarks.measure import suite
 from benchmarks.measure.environment import describe_device, environment, git_commit
-from benchmarks.measure.row import Row, reason
-from benchmarks.measure.settings import CHOICES, Settings, values
+from benchmarks.options import BadInput, new_file, positive, several
 from benchmarks.providers import BASELINE, FASTBLOCKS
+from benchmarks.providers.runner import DTYPES
 from benchmarks.report import files
 from benchmarks.report.units import seconds
 from benchmarks.workloads import FAMILIES, MODES, SIZES, all_workloads, select
@@ -44,61 +43,38 @@ def parse(arguments: list[str], commands: str) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"att-freq, att, or {', '.join(FAMILIES)}; all")
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")
-    parser.add_argument("--mode", action="append", metavar="M", help=f"{', '.join(MODES)}; on a CPU not backward alone")
-    parser.add_argument("--dtype", action="append", metavar="D", help=f"{', '.join(CHOICES['dtype'])}; bf16, CPU: fp32")
-    parser.add_argument(
-        "--provider", action="append", metavar="P",
-        help=f"{', '.join(providers.PROVIDERS)}; all, on a CPU {BASELINE} and {FASTBLOCKS}",
-    )  # fmt: skip
+    for name, choices, default in (
+        ("mode", MODES, "on a CPU not backward alone"),
+        ("dtype", DTYPES, "bf16, CPU: fp32"),
+        ("provider", providers.PROVIDERS, f"all, on a CPU {BASELINE} and {FASTBLOCKS}"),
+    ):
+        text = f"{', '.join(choices)}; {default}"
+        parser.add_argument(
+            f"--{name}", type=several(tuple(choices)), action="extend", metavar=name[0].upper(), help=text
+        )
     parser.add_argument("--size", choices=SIZES, help="full on a GPU, cpu without one, toy for tests")
     parser.add_argument("--backend", choices=fastblocks.backend.BACKENDS, default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads; what PyTorch takes")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for the samples of a workload and mode; 0.4")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no workload after this time")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements; a folder: a new file there")
+    parser.add_argument("--threads", type=positive(int), help="CPU threads; what PyTorch takes")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=0.4, help="for the samples of a workload and mode; 0.4"
+    )
+    parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="start no workload after this time")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write the measurements; a folder: a new file there"
+    )
     parser.add_argument("--append", action="store_true", help="keep the rows that --json FILE has already")
     parser.add_argument("--commit", help="of the source, for the result file, where there is no git")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the speedups ({', '.join(PLOTS)})")
+    parser.add_argument("--plot", type=new_file, metavar="FILE", help=f"draw the speedups ({', '.join(PLOTS)})")
     options = parser.parse_args(arguments)
-    for name in ("threads", "seconds", "budget"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name} must be positive, got {value}")
-    return options
-
-
-def choose(names: list[str], size: str) -> list[Workload]:
-    """The workloads that are named; all without names.
-
-    Raises:
-        ValueError: for a name that names none.
-    """
-    everything = all_workloads(size)
-    chosen, unknown = select(everything, names)
-    if unknown:
-        known = ", ".join(workload.name for workload in everything)
-        raise ValueError(f"{', '.join(unknown)} is no workload at --size {size}; there are {known}")
-    return chosen or everything
-
-
-def check_paths(options: argparse.Namespace) -> None:
-    """Name the result file if --json is a folder.
-
-    Raises:
-        ValueError: for files that could not be written after all the measuring.
-    """
-    for name in ("json", "plot"):
-        path = getattr(options, name)
-        if path and not path.absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: the folder {path.parent} does not exist")
+    if options.append and not options.json:
+        raise BadInput("--append needs --json FILE")
     if options.json and options.json.is_dir():
         options.json /= f"{datetime.now():%Y-%m-%d}-{options.commit or git_commit()}.json"
-    if options.append and not options.json:
-        raise ValueError("--append needs --json FILE")
     if options.plot and options.plot.suffix not in PLOTS:
-        raise ValueError(f"--plot {options.plot}: the name must end in {', '.join(PLOTS)}")
+        raise BadInput(f"--plot {options.plot}: the name must end in {', '.join(PLOTS)}")
     if options.plot and not find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib, which is not installed")
+        raise BadInput("--plot needs matplotlib, which is not installed")
+    return options
 
 
 def explain_backend(device: torch.device) -> str:
@@ -118,7 +94,7 @@ def explain_backend(device: torch.device) -> str:
 
 
 def measure_all(
-    document: dict, chosen: list[Workload], device: torch.device, settings: Settings, options: argparse.Namespace
+    document: dict, chosen: list[Workload], device: torch.device, settings: suite.Settings, options: argparse.Namespace
 ) -> Iterator[list[dict]]:
     """Measure, and write the result file after every workload: a run that is killed loses one.
 
@@ -139,18 +115,11 @@ def measure_all(
                 raise providers.Skipped("the time budget was spent")
             rows = suite.measure(workload, device, settings)
         except Exception as problem:  # the other workloads shall not be lost with it
-            rows = [
-                Row(workload, mode, dtype, name, refused=reason(problem))
-                for dtype in settings.dtypes
-                for mode in settings.modes
-                for name in settings.providers
-                if providers.belongs(name, workload)
-            ]
-        found = [row.as_json() for row in rows]
-        document["rows"] = files.merge(document["rows"], found)
+            rows = suite.refused(workload, settings, suite.reason(problem))
+        document["rows"] = files.merge(document["rows"], rows)
         if options.json:
             files.write(options.json, document)
-        yield found
+        yield rows
 
 
 def line(row: dict) -> str:
@@ -190,27 +159,22 @@ def main(arguments: list[str], commands: str = "") -> int:
     size = options.size or defaults["size"]
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        chosen = choose(options.names, size)
-        if options.list:
-            for workload in chosen:
-                print(f"{workload.name:22} {workload.what:14} {workload.shape}")
-            return 0
-        check_paths(options)
-        modes, dtypes, names = (values(options, name, defaults[name]) for name in CHOICES)
-        settings = Settings(modes, dtypes, names, options.seconds)
-        fastblocks.use_backend(options.backend)
-        print(f"{describe_device()}\n{explain_backend(device)}", flush=True)
-        old = files.read(options.json)["rows"] if options.append and options.json.exists() else []
-        document = environment(options.commit) | {"size": size, "rows": old}
-        start, everything = time.monotonic(), []
-        with progress(len(chosen)) as note:
-            for index, rows in enumerate(measure_all(document, chosen, device, settings, options), 1):
-                everything += rows
-                note(index, rows)
-    except ValueError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+    chosen = select(size, options.names)
+    if options.list:
+        for workload in chosen:
+            print(f"{workload.name:22} {workload.what:14} {workload.shape}")
+        return 0
+    modes, dtypes, names = (tuple(getattr(options, n) or defaults[n]) for n in ("mode", "dtype", "provider"))
+    settings = suite.Settings(modes, dtypes, names, options.seconds)
+    fastblocks.use_backend(options.backend)
+    print(f"{describe_device()}\n{explain_backend(device)}", flush=True)
+    old = files.read(options.json)["rows"] if options.append and options.json.exists() else []
+    document = environment(options.commit) | {"size": size, "rows": old}
+    start, everything = time.monotonic(), []
+    with progress(len(chosen)) as note:
+        for index, rows in enumerate(measure_all(document, chosen, device, settings, options), 1):
+            everything += rows
+            note(index, rows)
     if find_spec("rich"):
         from benchmarks.report.table import show
 

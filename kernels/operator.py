@@ -23,7 +23,7 @@ __all__ = ["Operator", "all_operators", "compute_dtype"]
 _declared: "dict[str, Operator]" = {}
 
 _library = torch.library.Library("fastblocks", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def all_operators() -> "dict[str, Operator]":
@@ -84,7 +84,6 @@ class Operator:
         self.outputs, self.forward, self.backward, self.formula = outputs, forward, backward, formula
         self.gradients = gradients or self._like_arguments
         self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        self.scalars = [i for i in range(len(arguments) - 1) if i not in self.tensors]
         self.saved = [[r.name for r in returns].index(kept) for kept in saved]
         self._has_one_result = len(returns) == 1
         self._node = _node_of(self)
@@ -108,12 +107,12 @@ class Operator:
         _declared[name] = self
 
     def __call__(self, *arguments) -> tuple[Tensor | None, ...]:
-        """Returns all results, including those that are kept for a backward pass."""
+        """Returns the caller's results, without those that are kept for a backward pass."""
         if self._is_watched(arguments):
-            return self._dispatch(*arguments, False)
+            return self._dispatch(*arguments, False)[: self.results]
         if self._needs_gradients(arguments):
             return self._node.apply(False, *arguments)
-        return self._run(*arguments, False)
+        return self._run(*arguments, False)[: self.results]
 
     def rehearse(self, *arguments) -> None:
         """Run every launcher, for `launch.recording`: forward alone, then forward and backward with all gradients."""
@@ -132,7 +131,7 @@ class Operator:
         return (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
-            or any(type(arguments[i]) not in _PLAIN for i in self.tensors if arguments[i] is not None)
+            or any(type(arguments[i]) not in _PLAIN for i in self.tensors)
         )
 
     def _needs_gradients(self, arguments) -> bool:
@@ -170,8 +169,8 @@ class Operator:
     def _backward_as_operator(self, *arguments) -> tuple[Tensor, ...]:
         n = self.results
         grads, needs, rest = map(_absent_as_none, arguments[:n]), arguments[n], arguments[n + 1 :]
-        n_arguments = len(self.tensors) + len(self.scalars)
-        found = self.backward(tuple(grads), needs, *rest[:n_arguments], *map(_absent_as_none, rest[n_arguments:]))
+        end = len(rest) - len(self.saved)
+        found = self.backward(tuple(grads), needs, *rest[:end], *map(_absent_as_none, rest[end:]))
         return self._filled([grad if needed else None for grad, needed in zip(found, needs, strict=True)], rest)
 
     def _fake_backward(self, *arguments) -> tuple[Tensor, ...]:
@@ -192,46 +191,49 @@ def _absent_as_none(tensor: Tensor | None) -> Tensor | None:
 
 def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     """The operator's autograd.Function; autograd's graph shows it under the operator's name."""
+    indices, n_results = operator.tensors, operator.results
 
     def forward(ctx, watched, *arguments):
         if watched:
             with torch._C._AutoDispatchBelowAutograd():
-                results = operator._dispatch(*arguments, True)
+                results = returned = operator._dispatch(*arguments, True)
+            absent = [result for result in results[:n_results] if _absent_as_none(result) is None]
+            ctx.mark_non_differentiable(*results[n_results:], *absent)
         else:
             results = operator._run(*arguments, True)
-        ctx.save_for_backward(*[arguments[i] for i in operator.tensors], *[results[i] for i in operator.saved])
-        ctx.watched, ctx.scalars = watched, [arguments[i] for i in operator.scalars]
-        device = arguments[operator.tensors[0]].device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            returned = results[:n_results]
+        ctx.save_for_backward(*[arguments[i] for i in indices], *[results[i] for i in operator.saved])
+        scalars = list(arguments)
+        for i in indices:
+            scalars[i] = None
+        device = arguments[indices[0]].device.type
+        autocast = (device, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else (device,)
+        ctx.kept = watched, scalars, autocast
         ctx.set_materialize_grads(False)
-        kept = [r for r in results[operator.results :] if r is not None]
-        absent = [r for r in results[: operator.results] if watched and _absent_as_none(r) is None]
-        ctx.mark_non_differentiable(*kept, *absent)
-        return results
+        return returned
 
     def backward(ctx, *grads):
-        grads = grads[: operator.results]
-        arguments: list = [None] * (len(operator.tensors) + len(operator.scalars))
-        result: list[Tensor | None] = [None] * (1 + len(arguments))
+        grads = grads[:n_results]
+        watched, scalars, autocast = ctx.kept
         if all(grad is None for grad in grads):
-            return tuple(result)
-        tensors = ctx.saved_tensors
-        for i, tensor in zip(operator.tensors, tensors, strict=False):
+            return (None,) * (1 + len(scalars))
+        tensors, arguments = ctx.saved_tensors, list(scalars)
+        for i, tensor in zip(indices, tensors, strict=False):
             arguments[i] = tensor
-        for i, scalar in zip(operator.scalars, ctx.scalars, strict=True):
-            arguments[i] = scalar
         if torch.is_grad_enabled():  # create_graph=True: the gradients will be differentiated
-            device, dtype, enabled = ctx.autocast
-            with torch.autocast(device, dtype, enabled=enabled):
+            with torch.autocast(*autocast, enabled=len(autocast) == 2):
                 return None, *by_formula(operator.formula, arguments, grads)
-        needs = [ctx.needs_input_grad[1 + i] for i in operator.tensors]
-        kept = tensors[len(operator.tensors) :]
-        if ctx.watched or operator._is_watched(arguments):
+        needed = ctx.needs_input_grad
+        needs = [needed[1 + i] for i in indices]
+        kept = tensors[len(indices) :]
+        if watched or operator._is_watched(arguments):
             found = operator._backward_op(*grads, needs, *arguments, *kept)
         else:
             found = operator.backward(grads, needs, *arguments, *kept)
-        for i, grad, needed in zip(operator.tensors, found, needs, strict=True):
-            result[1 + i] = grad if needed else None
+        result: list[Tensor | None] = [None] * (1 + len(arguments))
+        for i, grad in zip(indices, found, strict=True):
+            if needed[1 + i]:
+                result[1 + i] = grad
         return tuple(result)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}

@@ -3,10 +3,12 @@ recorded."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 
 import torch
+
+from benchmarks.providers.runner import tf32
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALL_DTYPES = DTYPES | {"fp16": torch.float16}
@@ -46,49 +48,67 @@ def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
+# ---- arguments of each operator
+
+
+def _attention(dtype, batch: int, tokens: int, heads: int, head_dim: int, window: int, registers: int, out: bool):
+    width = 3 * heads * head_dim
+    qkv, rope = empty(batch, tokens, width, dtype=dtype), empty(registers + tokens, head_dim // 2, 2)
+    return qkv, rope, heads, window, empty(1, registers, width, dtype=dtype) if registers else None, out
+
+
+def _recurrent(dtype, batch: int, length: int, shape: tuple, lstm: bool, given: bool, biased=False, keep_gates=None):
+    groups, inputs, hidden, directions = shape
+    rows = directions, groups, (4 if lstm else 3) * hidden
+    biases = [empty(*rows, dtype=dtype) if biased else None for _ in range(2)]
+    state = empty(directions, batch, groups * hidden, dtype=dtype) if given else None
+    x, weights = empty(batch, length, groups * inputs, dtype=dtype), [empty(*rows, n, dtype=dtype) for n in shape[1:3]]
+    return x, *weights, *biases, state, state if lstm else None, dtype, keep_gates
+
+
+def _depthwise(
+    dtype, batch: int, channels: int, sizes: list, kernel: list, stride: list, transposed: bool, biased=True
+):
+    out = [size * step if transposed else -(-size // step) for size, step in zip(sizes, stride, strict=True)]
+    x, weight, vector = empty(batch, channels, *sizes, dtype=dtype), empty(channels, 1, *kernel), empty(channels)
+    return x, weight, vector if biased else None, vector, vector, stride, transposed, out, 1e-6, dtype
+
+
+def _mlp(dtype, batch: int, channels: int, hidden: int, c_out: int, sizes: list, added: bool):
+    first, second = (empty(hidden, channels), empty(hidden)), (empty(c_out, hidden), empty(c_out))
+    residual = empty(batch, c_out, *sizes) if added else None
+    return empty(batch, *sizes, channels, dtype=dtype), *first, *second, residual, dtype
+
+
+# ---- the standard workloads
+
+
 def attention() -> Iterator[tuple[str, Arguments]]:
-    for name, (tokens, heads, head_dim, window, registers) in ATTENTION.items():
+    for name, (*sizes, window, registers) in ATTENTION.items():
         for element, dtype in DTYPES.items():
-            for registers_out in {False, registers > 0}:
-                qkv = empty(1, tokens, 3 * heads * head_dim, dtype=dtype)
-                register_qkv = empty(1, registers, 3 * heads * head_dim, dtype=dtype) if registers else None
-                rope = empty(registers + tokens, head_dim // 2, 2)
-                label = f"{name} {element}{' registers out' if registers_out else ''}"
-                yield label, (qkv, rope, heads, window, register_qkv, registers_out)
+            for out in {False, registers > 0}:
+                label = f"{name} {element}{' registers out' if out else ''}"
+                yield label, _attention(dtype, 1, *sizes, window, registers, out)
 
 
 def recurrent() -> Iterator[tuple[str, Arguments]]:
-    for name, (groups, inputs, hidden, directions) in RECURRENT.items():
-        for kind, gates in (("GRU", 3), ("LSTM", 4)):
-            for element, dtype in DTYPES.items():
-                for given in (False, True):
-                    x = empty(4, 64, groups * inputs, dtype=dtype)
-                    weights = (empty(directions, groups, gates * hidden, n, dtype=dtype) for n in (inputs, hidden))
-                    state = empty(directions, 4, groups * hidden, dtype=dtype) if given else None
-                    states = (state, state if kind == "LSTM" else None)
-                    label = f"{name} {kind} {element}{' with a state' if given else ''}"
-                    yield label, (x, *weights, None, None, *states, dtype, None)
+    for (name, shape), lstm in product(RECURRENT.items(), (False, True)):
+        for (element, dtype), given in product(DTYPES.items(), (False, True)):
+            label = f"{name} {'LSTM' if lstm else 'GRU'} {element}{' with a state' if given else ''}"
+            yield label, _recurrent(dtype, 4, 64, shape, lstm, given)
 
 
 def depthwise_conv_layer_norm() -> Iterator[tuple[str, Arguments]]:
-    for element, dtype in DTYPES.items():
-        for name, (batch, channels, *sizes) in CONVNEXT.items():
-            for step in (1,) if len(sizes) == 1 else (1, 2):
-                for transposed in (False, True):
-                    vector = empty(channels)
-                    weight, stride = empty(channels, 1, *[7] * len(sizes)), [step] * len(sizes)
-                    out = [size * step if transposed else -(-size // step) for size in sizes]
-                    x = empty(batch, channels, *sizes, dtype=dtype)
-                    label = f"{name} stride {step}{' transposed' if transposed else ''} {element}"
-                    yield label, (x, weight, vector, vector, vector, stride, transposed, out, 1e-6, dtype)
+    for (element, dtype), (name, (batch, channels, *sizes)) in product(DTYPES.items(), CONVNEXT.items()):
+        for step, transposed in product((1,) if len(sizes) == 1 else (1, 2), (False, True)):
+            kernel, stride = [7] * len(sizes), [step] * len(sizes)
+            label = f"{name} stride {step}{' transposed' if transposed else ''} {element}"
+            yield label, _depthwise(dtype, batch, channels, sizes, kernel, stride, transposed)
 
 
 def convnext_mlp() -> Iterator[tuple[str, Arguments]]:
-    for element, dtype in DTYPES.items():
-        for name, (batch, channels, *sizes) in CONVNEXT.items():
-            x, residual = empty(batch, *sizes, channels, dtype=dtype), empty(batch, channels, *sizes)
-            first = empty(4 * channels, channels), empty(4 * channels)
-            yield f"{name} {element}", (x, *first, empty(channels, 4 * channels), empty(channels), residual, dtype)
+    for (element, dtype), (name, (batch, channels, *sizes)) in product(DTYPES.items(), CONVNEXT.items()):
+        yield f"{name} {element}", _mlp(dtype, batch, channels, 4 * channels, channels, sizes, True)
 
 
 def rms_norm() -> Iterator[tuple[str, Arguments]]:
@@ -147,17 +167,6 @@ def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dty
     return empty(batch, tokens, channels, dtype=stream), *weights
 
 
-WORKLOADS: dict[str, Callable[[], Iterator[tuple[str, Arguments]]]] = {  # by operator
-    "rope_attention": attention,
-    "grouped_rnn": recurrent,
-    "depthwise_conv_layer_norm": depthwise_conv_layer_norm,
-    "convnext_mlp": convnext_mlp,
-    "rms_norm": rms_norm,
-    "swiglu": swiglu,
-    "swiglu_mlp": swiglu_mlp,
-    "roformer_block": roformer_block,
-    "rnn_block": rnn_block,
-}
 PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
 
 
@@ -176,73 +185,59 @@ class Shape:
 
 def standard_shapes() -> Iterator[Shape]:
     """The standard workloads, operator by operator."""
-    for operator, workloads in WORKLOADS.items():
+    for operator, (workloads, _) in OPERATORS.items():
         for label, arguments in workloads():
             yield Shape(operator, label, arguments)
             if operator in PRODUCTS and arguments[0].dtype == torch.float32:
                 yield Shape(operator, label + TF32, arguments)
 
 
-# ---- odd shapes ------------------------------------------------------------------------------------------------------
+# ---- odd shapes
 
 
-def _attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     heads, head_dim = draw.randint(1, 8), 2 * draw.randint(4, draw.choice((16, 32, 128)))
-    tokens, window = (
-        draw.choice((draw.randint(1, 128), draw.randint(129, 3000))),
-        draw.choice((-1, draw.randint(1, 300))),
-    )
+    tokens = draw.choice((draw.randint(1, 128), draw.randint(129, 3000)))
+    window = draw.choice((-1, draw.randint(1, 300)))
     registers = draw.choice((0, draw.randint(1, 16), draw.randint(1, 64)))
-    registers_out = registers > 0 and draw.random() < 0.5
-    width = 3 * heads * head_dim
-    qkv, rope = empty(2, tokens, width, dtype=dtype), empty(registers + tokens, head_dim // 2, 2)
-    register_qkv = empty(1, registers, width, dtype=dtype) if registers else None
-    label = f"T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * registers_out}"
-    return label, (qkv, rope, heads, window, register_qkv, registers_out)
+    out = registers > 0 and draw.random() < 0.5
+    label = f"T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * out}"
+    return label, _attention(dtype, 2, tokens, heads, head_dim, window, registers, out)
 
 
-def _recurrent(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_recurrent(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     groups, directions = draw.randint(1, 16), draw.randint(1, 2)
     inputs, hidden = (draw.randint(1, draw.choice((16, 32, 128))) for _ in range(2))
     lstm, biased, given, keep_gates = (draw.choice((False, True)) for _ in range(4))
-    gates = 4 if lstm else 3
-    x = empty(3, 20, groups * inputs, dtype=dtype)
-    weights = [empty(directions, groups, gates * hidden, n, dtype=dtype) for n in (inputs, hidden)]
-    biases = [empty(directions, groups, gates * hidden, dtype=dtype) if biased else None for _ in range(2)]
-    state = empty(directions, 3, groups * hidden, dtype=dtype) if given else None
     label = f"{'LSTM' if lstm else 'GRU'} groups {groups} of {inputs} -> {hidden} directions {directions}"
     label += f"{' biases' * biased}{' state' * given}{' gates kept' * keep_gates}"
-    return label, (x, *weights, *biases, state, state if lstm else None, dtype, keep_gates or None)
+    shape = groups, inputs, hidden, directions
+    return label, _recurrent(dtype, 3, 20, shape, lstm, given, biased, keep_gates or None)
 
 
-def _depthwise(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_depthwise(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     dims, channels = draw.randint(1, 2), draw.randint(1, draw.choice((64, 256, 2048)))
     sizes, half, stride = ([draw.randint(low, most) for _ in range(dims)] for low, most in ((1, 300), (0, 10), (1, 4)))
     kernel, transposed, biased = [2 * n + 1 for n in half], draw.random() < 0.5, draw.random() < 0.5
-    out = [size * step if transposed else -(-size // step) for size, step in zip(sizes, stride, strict=True)]
-    weight, vector = empty(channels, 1, *kernel), empty(channels)
-    x = empty(2, channels, *sizes, dtype=dtype)
-    label = f"C {channels} sizes {sizes} kernel {kernel} stride {stride}{' transposed' * transposed}"
-    label += " bias" * biased
-    return label, (x, weight, vector if biased else None, vector, vector, stride, transposed, out, 1e-6, dtype)
+    label = f"C {channels} sizes {sizes} kernel {kernel} stride {stride}{' transposed' * transposed}{' bias' * biased}"
+    return label, _depthwise(dtype, 2, channels, sizes, kernel, stride, transposed, biased)
 
 
-def _mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
     sizes = [draw.randint(1, 100) for _ in range(draw.randint(1, 2))]
-    first, second = (empty(hidden, channels), empty(hidden)), (empty(c_out, hidden), empty(c_out))
-    residual = empty(2, c_out, *sizes) if draw.random() < 0.5 else None
-    label = f"{channels} -> {hidden} -> {c_out} sizes {sizes}{'' if residual is None else ' residual'}"
-    return label, (empty(2, *sizes, channels, dtype=dtype), *first, *second, residual, dtype)
+    added = draw.random() < 0.5
+    label = f"{channels} -> {hidden} -> {c_out} sizes {sizes}{' residual' * added}"
+    return label, _mlp(dtype, 2, channels, hidden, c_out, sizes, added)
 
 
-def _rms_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_rms_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     channels, scale = draw.randint(1, draw.choice((64, 1024, 16384))), draw.choice((dtype, torch.float32))
     x, scale = empty(draw.randint(1, 5000), channels, dtype=dtype), empty(channels, dtype=scale)
     return f"{tuple(x.shape)} scale {str(scale.dtype).removeprefix('torch.')}", (x, scale, 1e-6)
 
 
-def _swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     rows, columns = draw.randint(1, 5000), draw.randint(1, draw.choice((64, 1024, 5000)))
     if draw.random() < 0.5:  # halves of one tensor
         both = empty(rows, 2 * columns, dtype=dtype)
@@ -250,13 +245,13 @@ def _swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     return f"{rows} × {columns}", (empty(rows, columns, dtype=dtype), empty(rows, columns, dtype=dtype))
 
 
-def _swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
     tensors = [(draw.randint(1, 5000), channels), (hidden, channels), (hidden, channels), (c_out, hidden)]
     return f"{channels} -> {hidden} -> {c_out}", (*(empty(*size, dtype=dtype) for size in tensors), dtype)
 
 
-def _roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     heads, head_dim = draw.randint(1, 4), 2 * draw.randint(4, draw.choice((16, 64)))
     channels, tokens, registers = heads * head_dim, draw.randint(1, 400), draw.choice((0, draw.randint(1, 16)))
     stream = draw.choice((dtype, torch.float32))
@@ -269,7 +264,7 @@ def _roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Argum
     return label, (*tensors, rope, heads, window, memory, out, 1e-6, 1e-6, dtype)
 
 
-def _rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+def odd_rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     groups = draw.randint(1, 8)
     channels = groups * draw.randint(1, draw.choice((8, 32)))
     stream = draw.choice((dtype, torch.float32))
@@ -277,26 +272,26 @@ def _rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]
     return f"block C {channels} groups {groups}", (*arguments, 1e-6, 1e-6, dtype)
 
 
-RANDOM = {
-    "rope_attention": _attention,
-    "grouped_rnn": _recurrent,
-    "depthwise_conv_layer_norm": _depthwise,
-    "convnext_mlp": _mlp,
-    "rms_norm": _rms_norm,
-    "swiglu": _swiglu,
-    "swiglu_mlp": _swiglu_mlp,
-    "roformer_block": _roformer_block,
-    "rnn_block": _rnn_block,
+OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard workloads, what draws one at random
+    "rope_attention": (attention, odd_attention),
+    "grouped_rnn": (recurrent, odd_recurrent),
+    "depthwise_conv_layer_norm": (depthwise_conv_layer_norm, odd_depthwise),
+    "convnext_mlp": (convnext_mlp, odd_mlp),
+    "rms_norm": (rms_norm, odd_rms_norm),
+    "swiglu": (swiglu, odd_swiglu),
+    "swiglu_mlp": (swiglu_mlp, odd_swiglu_mlp),
+    "roformer_block": (roformer_block, odd_roformer_block),
+    "rnn_block": (rnn_block, odd_rnn_block),
 }
 
 
 def random_shapes(count: int, seed: int) -> list[Shape]:
     """`count` shapes, of the operators in turn, operator by operator; the same ones for the same seed."""
-    draw, names = random.Random(seed), list(RANDOM)
+    draw, names = random.Random(seed), list(OPERATORS)
     shapes = []
     for i in range(count):
         operator, element = names[i % len(names)], draw.choice(list(ALL_DTYPES))
-        label, arguments = RANDOM[operator](draw, ALL_DTYPES[element])
+        label, arguments = OPERATORS[operator][1](draw, ALL_DTYPES[element])
         tf32 = element == "fp32" and operator in PRODUCTS and draw.random() < 0.5
         shapes.append(Shape(operator, f"{label} {element}{TF32 if tf32 else ''}", arguments))
     return sorted(shapes, key=lambda shape: names.index(shape.operator))
@@ -314,19 +309,9 @@ def cases_of(shapes: Iterable[Shape], architecture: str) -> Iterator:
     for shape in shapes:
         if not _is_taken(shape, architecture):
             continue
-        with recording(architecture, shape.label) as cases, _tf32(shape.tf32):
+        with recording(architecture, shape.label) as cases, tf32(shape.tf32):
             operators[shape.operator].rehearse(*shape.arguments)
         yield from cases
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _is_taken(shape: Shape, architecture: str) -> bool:

@@ -9,13 +9,13 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.aot.cases import cases_of, random_shapes, standard_shapes
 from benchmarks.aot.machine_code import Resources, missing_tools, resident_warps, resources
+from benchmarks.options import BadInput, needs_compiled_kernels, new_file, positive, several
 
 TARGETS = {  # name of the launch tables -> what triton.compile takes
     "sm_80": ("cuda", 80, 32),
@@ -42,12 +43,12 @@ class Compiled:
 
     operator: str
     kernel: str
-    labels: tuple[str, ...]
+    labels: list[str]
     architecture: str
     config: dict[str, int]
-    seconds: float
-    resources: Resources | None
-    warps: int  # that can be resident on an SM; 0: the kernel does not fit
+    seconds: float = 0.0
+    resources: Resources | None = None
+    warps: int = 0  # that can be resident on an SM; 0: the kernel does not fit
     error: str = ""
 
     @property
@@ -60,17 +61,16 @@ class Job:
     """What is compiled once, for all the cases that launch it alike."""
 
     operator: str
-    kernel: object
-    signature: dict
-    constants: dict
-    config: object
     architecture: str
-    divisible: tuple[str, ...]
-    labels: tuple[str, ...]
+    case: Any  # a `launch.CompileCase`; it is not imported here, as Triton may be missing
+    labels: list[str]
 
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
+    def compiled(self, since: float, **found) -> Compiled:
+        """What came of it, begun at a time of `time.monotonic`."""
+        blocks = {name: value for name, value in self.case.constants.items() if name.startswith("BLOCK")}
+        config = {**blocks, "num_warps": self.case.config.num_warps, "num_stages": self.case.config.num_stages}
+        name, seconds = self.case.kernel.fn.__name__, time.monotonic() - since
+        return Compiled(self.operator, name, self.labels, self.architecture, config, seconds, **found)
 
 
 def jobs(architectures: list[str], names: list[str], fast: bool, shapes: list | None = None) -> list[Job]:
@@ -79,23 +79,18 @@ def jobs(architectures: list[str], names: list[str], fast: bool, shapes: list | 
     for operator, group in groupby(shapes or standard_shapes(), key=lambda shape: shape.operator):
         group = list(group)
         for architecture in architectures:
-            counts: dict[str, int] = {}
+            counts: Counter[str] = Counter()
             for case in cases_of(group, architecture):
-                job = Job(
-                    operator, case.kernel, case.signature, case.constants, case.config, architecture, case.divisible,
-                    (case.label,),
-                )  # fmt: skip
-                if names and not any(n.lower() in f"{operator} {job.name} {case.label}".lower() for n in names):
+                kernel = case.kernel.fn.__name__
+                if names and not any(n.lower() in f"{operator} {kernel} {case.label}".lower() for n in names):
                     continue
-                key = (architecture, operator, job.name, repr(sorted(case.signature.items())), repr(case.config))
-                key += (repr(sorted(case.constants.items(), key=lambda item: item[0])),)
+                key = architecture, operator, repr(replace(case, label="", divisible=(), grid=()))
                 if key in found:
-                    old = found[key]
-                    found[key] = Job(*(getattr(old, f) for f in list(vars(old))[:-1]), (*old.labels, case.label))
+                    found[key].labels.append(case.label)
                     continue
-                counts[job.name] = counts.get(job.name, 0) + 1
-                if not fast or counts[job.name] <= FAST_CASES:
-                    found[key] = job
+                counts[kernel] += 1
+                if not fast or counts[kernel] <= FAST_CASES:
+                    found[key] = Job(operator, architecture, case, [case.label])
     return list(found.values())
 
 
@@ -105,36 +100,19 @@ def compile_job(job: Job) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, architecture, lanes = TARGETS[job.architecture]
-    signature = {name: job.signature.get(name, "constexpr") for name in job.kernel.arg_names}
-    constants = {(job.kernel.arg_names.index(name),): value for name, value in job.constants.items()}
-    for name, kind in signature.items():
-        if kind == "constexpr":
-            constants.setdefault((job.kernel.arg_names.index(name),), None)
-    source = ASTSource(job.kernel, signature, constants, attributes(job, signature))
-    options = {"num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-    start, found, warps, error = time.monotonic(), None, 0, ""
+    case, target = job.case, GPUTarget(*TARGETS[job.architecture])
+    divisible = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    source = ASTSource(case.kernel, case.signature, case.constants, divisible)
+    options = {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages}
+    start = time.monotonic()
     try:
-        compiled = triton.compile(source, target=GPUTarget(backend, architecture, lanes), options=options)
-        seconds = time.monotonic() - start
-        found = resources(compiled, backend)
-        warps = resident_warps(found, job.config.num_warps, job.architecture)
+        compiled = triton.compile(source, target=target, options=options)
+        done = job.compiled(start)
+        found = resources(compiled, target.backend)
+        return replace(done, resources=found, warps=resident_warps(found, case.config.num_warps, job.architecture))
     except Exception as problem:
-        seconds = time.monotonic() - start
-        error = next((line for line in str(problem).splitlines() if line.strip()), type(problem).__name__)[:160]
-    config = configuration(job)
-    return Compiled(job.operator, job.name, job.labels, job.architecture, config, seconds, found, warps, error)
-
-
-def configuration(job: Job) -> dict[str, int]:
-    """Tile sizes, warps and stages."""
-    blocks = {name: value for name, value in job.constants.items() if name.startswith("BLOCK")}
-    return {**blocks, "num_warps": job.config.num_warps, "num_stages": job.config.num_stages}
-
-
-def attributes(job: Job, signature: dict) -> dict:
-    """What a launch finds out: pointers and integers that are multiples of 16."""
-    return {(job.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in job.divisible}
+        lines = (line for line in str(problem).splitlines() if line.strip())
+        return job.compiled(start, error=next(lines, type(problem).__name__)[:160])
 
 
 def _work(jobs: list[Job], connection: Connection, messages: int) -> None:
@@ -150,7 +128,7 @@ class _Worker:
     """A forked process that compiles, because kernels cannot be pickled and a compiler's abort ends its process."""
 
     def __init__(self, jobs: list[Job]):
-        self.jobs, self.index, self.start = jobs, None, 0.0
+        self.jobs, self.index, self.start = jobs, 0, 0.0
         self.messages = tempfile.TemporaryFile()  # noqa: SIM115 -- it lives as long as the worker
         fork = multiprocessing.get_context("fork")
         self.connection, theirs = fork.Pipe()
@@ -162,48 +140,41 @@ class _Worker:
         self.index, self.start = index, time.monotonic()
         self.connection.send(index)
 
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-
     def take(self) -> Compiled:
         """What became of the job; if the process is no more, why."""
         try:
             return self.connection.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-        job, code = self.jobs[self.index], self.process.exitcode
+        code = self.process.exitcode
         self.messages.seek(0)
-        text = self.messages.read().decode(errors="replace")
-        said = re.search(r"LLVM ERROR.*|Assertion.*failed", text)
+        said = re.search(r"LLVM ERROR.*|Assertion.*failed", self.messages.read().decode(errors="replace"))
         died = f"the compiler died of {signal.Signals(-code).name}" if code < 0 else f"the compiler exited with {code}"
-        error = died + (f": {said[0]}" if said else "")
-        config = configuration(job)
-        seconds = time.monotonic() - self.start
-        return Compiled(job.operator, job.name, job.labels, job.architecture, config, seconds, None, 0, error[:240])
+        return self.jobs[self.index].compiled(self.start, error=(died + (f": {said[0]}" if said else ""))[:240])
 
 
 def compile_all(work: list[Job], processes: int, errors: Console) -> list[Compiled]:
     """In the order of `work`. A job that kills its process is an error of that job alone."""
     found: dict[int, Compiled] = {}
+    busy: dict[Connection, _Worker] = {}
     waiting = iter(range(len(work)))
     with Progress(console=errors, transient=True) as progress:
         task = progress.add_task("compiling", total=len(work))
-        workers = [_Worker(work) for _ in range(min(processes, len(work)))]
-        for worker in workers:
-            worker.give(next(waiting))
-        while workers:
-            for connection in wait([worker.connection for worker in workers]):
-                i = next(i for i, worker in enumerate(workers) if worker.connection is connection)
-                found[workers[i].index] = workers[i].take()
+        idle = [_Worker(work) for _ in range(min(processes, len(work)))]
+        while len(found) < len(work):
+            for worker in idle:
+                if (index := next(waiting, None)) is None:
+                    worker.process.kill()
+                else:
+                    worker.give(index)
+                    busy[worker.connection] = worker
+            idle = []
+            for worker in [busy.pop(connection) for connection in wait(busy)]:
+                found[worker.index] = worker.take()
                 progress.advance(task)
-                following = next(waiting, None)
-                if following is None:
-                    workers.pop(i).stop()
-                    continue
-                if workers[i].process.exitcode is not None:
-                    workers[i] = _Worker(work)
-                workers[i].give(following)
+                idle.append(worker if worker.process.exitcode is None else _Worker(work))
+        for worker in idle:
+            worker.process.kill()
     return [found[index] for index in range(len(work))]
 
 
@@ -216,23 +187,13 @@ def make_table(found: list[Compiled]) -> Table:
     for one in found:
         label = one.labels[0] + (f" ({len(one.labels)})" if len(one.labels) > 1 else "")
         config = " ".join(f"{name.removeprefix('num_')} {value}" for name, value in one.config.items())
-        head = [one.kernel, label, one.architecture, config]
-        if one.error:
-            table.add_row(*head, "", "", "", "", f"[red]{one.error}[/red]", f"{one.seconds:.1f}")
-            continue
-        r = one.resources
-        unknown = "–"
-        spilled = unknown if r.spilled_bytes is None else str(r.spilled_bytes)
-        matrix = " ".join(f"{n} {c}" for n, c in r.matrix.items()) if r.matrix is not None else unknown
-        table.add_row(
-            *head,
-            unknown if r.registers is None else str(r.registers),
-            f"[red]{spilled}[/red]" if one.spills else spilled,
-            str(r.shared_bytes),
-            str(one.warps) if one.warps else "[red]does not fit[/red]",
-            matrix,
-            f"{one.seconds:.1f}",
-        )
+        cells = ["", "", "", "", f"[red]{one.error}[/red]"]
+        if r := one.resources:
+            registers, spilled = ("–" if n is None else str(n) for n in (r.registers, r.spilled_bytes))
+            matrix = "–" if r.matrix is None else " ".join(f"{n} {c}" for n, c in r.matrix.items())
+            spilled = f"[red]{spilled}[/red]" if one.spills else spilled
+            cells = [registers, spilled, str(r.shared_bytes), str(one.warps or "[red]does not fit[/red]"), matrix]
+        table.add_row(one.kernel, label, one.architecture, config, *cells, f"{one.seconds:.1f}")
     return table
 
 
@@ -252,9 +213,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         f"if a kernel does not compile or does not fit, or spills on {' or '.join(TUNED)}.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only modules, kernels or cases that contain one")
-    parser.add_argument("--arch", action="append", help=f"{', '.join(TARGETS)}; commas or repeated; default: all")
+    short = [name.removeprefix("sm_") for name in TARGETS]
+    help_arch = f"{', '.join(TARGETS)}; commas or repeated; default: all"
+    parser.add_argument("--arch", type=several([*TARGETS, *short]), action="extend", help=help_arch)
     parser.add_argument(
-        "--random", type=int, metavar="N", help="N shapes of all operators instead, drawn at random, for "
+        "--random", type=positive(int), metavar="N", help="N shapes of all operators instead, drawn at random, for "
         f"{' and '.join(TUNED)}"
     )  # fmt: skip
     parser.add_argument(
@@ -263,64 +226,40 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of --random; default: 0")
     parser.add_argument("--fast", action="store_true", help=f"for CI: {' and '.join(TUNED)}, {FAST_CASES} of a kernel")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="processes")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--jobs", type=positive(int), default=max(1, (os.cpu_count() or 1) // 2), help="processes")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: 1 for a spill where that is an error."""
     options = parse(arguments)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    needs_compiled_kernels()
+    console, errors = Console(highlight=False), Console(stderr=True)
     if not console.is_terminal:
         console.width = max(console.width, 170)
-    try:
-        import triton  # noqa: F401
-    except ImportError as problem:
-        errors.print(f"error: Triton cannot be imported: {problem}", markup=False)
-        return 2
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        errors.print("error: TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled", markup=False)
-        return 2
-    architectures = [a for text in options.arch or () for a in text.split(",") if a]
+    architectures = [name if name in TARGETS else f"sm_{name}" for name in options.arch or ()]
     architectures = architectures or list(TUNED if options.fast or options.random else TARGETS)
-    architectures = [a if a in TARGETS else f"sm_{a}" for a in architectures]
-    if unknown := [a for a in architectures if a not in TARGETS]:
-        errors.print(f"error: --arch {', '.join(unknown)}: there are {', '.join(TARGETS)}", markup=False)
-        return 2
-    if options.random is not None and options.random < 1:
-        errors.print(f"error: --random must be positive, got {options.random}", markup=False)
-        return 2
-    if options.jobs < 1:
-        errors.print(f"error: --jobs must be positive, got {options.jobs}", markup=False)
-        return 2
-    if options.json and not options.json.absolute().parent.is_dir():
-        errors.print(f"error: --json {options.json}: there is no such folder", markup=False)
-        return 2
     shapes, tolerated = None, SPILL if options.tolerate is None else options.tolerate
     if options.random:
         shapes = random_shapes(options.random, options.seed)
         tolerated = ODD_SPILL if options.tolerate is None else options.tolerate
-        console.print("\n".join(f"{shape.operator}: {shape.label}" for shape in shapes), markup=False, soft_wrap=True)
+        print("\n".join(f"{shape.operator}: {shape.label}" for shape in shapes))
     work = jobs(architectures, options.names, options.fast, shapes)
     if not work:
-        errors.print(f"error: no kernel has a case like {', '.join(options.names) or 'this'}", markup=False)
-        return 2 if options.names else 0
+        if options.names:
+            raise BadInput(f"no kernel has a case like {', '.join(options.names)}")
+        return 0
     with tempfile.TemporaryDirectory() as cache:  # what Triton has in its cache would take no time
         os.environ["TRITON_CACHE_DIR"] = cache
         found = compile_all(work, options.jobs, errors)
     console.print(make_table(found))
     for note in missing_tools():
-        console.print(note, markup=False, soft_wrap=True)
+        print(note)
     if options.json:
         options.json.write_text(json.dumps([asdict(one) for one in found], indent=1))
     bad = [one for one in found if fault(one, tolerated)]
     for one in bad:
-        why = fault(one, tolerated)
-        console.print(f"{one.architecture} {one.kernel} {one.labels[0]}: {why}", markup=False, soft_wrap=True)
-    console.print(f"{len(found)} compiled, {len(bad)} spilling, failing or not fitting", markup=False)
+        print(f"{one.architecture} {one.kernel} {one.labels[0]}: {fault(one, tolerated)}")
+    print(f"{len(found)} compiled, {len(bad)} spilling, failing or not fitting")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -13,15 +13,18 @@ import itertools
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import workloads
+from benchmarks.aot.compiling import Job, compile_job, jobs
 from benchmarks.measure import suite
+from benchmarks.options import BadInput, positive
 from benchmarks.report.units import seconds as show
 from benchmarks.workloads.workload import Workload
 
@@ -58,16 +61,13 @@ def tables() -> dict[str, tuple[object, str, Callable]]:
     import fastblocks.kernels as package
 
     found = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        if not info.ispkg:
-            continue
-        module = importlib.import_module(f"{package.__name__}.{info.name}.config")
-        for name, function in vars(module).items():
-            plain = inspect.unwrap(function) if callable(function) else None  # some are cached
-            if not inspect.isfunction(plain) or plain.__module__ != module.__name__ or name.startswith("_"):
-                continue
-            if "LaunchConfig" in str(inspect.signature(plain).return_annotation):
-                found[f"{info.name}.{name}"] = module, name, function
+    for family in (info.name for info in pkgutil.iter_modules(package.__path__) if info.ispkg):
+        module = importlib.import_module(f"{package.__name__}.{family}.config")
+        for name, function in inspect.getmembers(module, callable):
+            plain = inspect.unwrap(function)  # some are cached
+            own = inspect.isfunction(plain) and plain.__module__ == module.__name__ and not name.startswith("_")
+            if own and "LaunchConfig" in str(inspect.signature(plain).return_annotation):
+                found[f"{family}.{name}"] = module, name, function
     return found
 
 
@@ -83,31 +83,25 @@ def forget_plans() -> None:
 @contextmanager
 def overridden(answers: dict[Question, object], seen: dict[Question, object] | None = None) -> Iterator[None]:
     """Within it, launch tables answer as `answers` say; what is asked, and the answer, is noted in `seen`."""
-    originals = tables()
 
     def wrap(name: str, function: Callable) -> Callable:
         def answer(*arguments, **keywords):
             question = Question(name, arguments, tuple(sorted(keywords.items())))
             result = function(*arguments, **keywords)
-            config = result[0] if isinstance(result, tuple) and not hasattr(result, "num_warps") else result
+            config, *rest = result if isinstance(result, tuple) else (result,)
             if seen is not None:
                 seen[question] = config
-            if question not in answers:
-                return result
-            chosen = answers[question]
-            return (chosen, *result[1:]) if config is not result else chosen
+            config = answers.get(question, config)
+            return (config, *rest) if isinstance(result, tuple) else config
 
         return answer
 
-    for table, (module, name, function) in originals.items():
-        setattr(module, name, wrap(table, function))
-    forget_plans()
-    try:
-        yield
-    finally:
-        for module, name, function in originals.values():
-            setattr(module, name, function)
+    with ExitStack() as stack:
+        stack.callback(forget_plans)
+        for table, (module, name, function) in tables().items():
+            stack.enter_context(mock.patch.object(module, name, wrap(table, function)))
         forget_plans()
+        yield
 
 
 def neighbours(config) -> list:
@@ -131,21 +125,19 @@ def distance(one, other) -> int:
     return sum(a != b for a, b in zip(one.keywords().values(), other.keywords().values(), strict=True))
 
 
-def compiled_cases(workload: str, architecture: str) -> dict[str, object]:
+def compiled_cases(workload: str, architecture: str) -> dict[str, Job]:
     """What is compiled for a workload, by what tells one compilation from another.
 
     Kernels label their cases with the workload's name or the start of it.
     """
-    from benchmarks.aot.compiling import jobs
-
-    parts = workload.split("-")
-    for length in range(len(parts), 0, -1):
-        if found := jobs([architecture], ["-".join(parts[:length])], fast=False):
-            return {f"{job.name} {job.signature} {job.constants} {job.config}": job for job in found}
+    while workload:
+        if found := jobs([architecture], [workload], fast=False):
+            return {repr(replace(job.case, label="")): job for job in found}
+        workload = workload.rpartition("-")[0]
     return {}
 
 
-def objection(workload: str, architecture: str, known: dict[str, object]) -> str:
+def objection(workload: str, architecture: str, known: dict[str, Job]) -> str:
     """Why the compiler is against what the tables answer now; an empty string if it is not.
 
     Args:
@@ -153,12 +145,9 @@ def objection(workload: str, architecture: str, known: dict[str, object]) -> str
         architecture: a key of `compiling.TARGETS`.
         known: the cases that are compiled anyway.
     """
-    from benchmarks.aot.compiling import compile_job
-
-    changed = [job for key, job in compiled_cases(workload, architecture).items() if key not in known]
-    for job in changed:
-        done = compile_job(job)
-        if done.error or done.spills or not done.warps:
+    for key, job in compiled_cases(workload, architecture).items():
+        done = None if key in known else compile_job(job)
+        if done and (done.error or done.spills or not done.warps):
             return done.error or (f"{done.resources.spilled_bytes} bytes spilled" if done.spills else "does not fit")
     return ""
 
@@ -170,44 +159,40 @@ def entry(config, measured: float, before: float, device: str) -> str:
     return f"{text}  # {device}: {show(measured)}, before {show(before)}"
 
 
-def timed(workload: Workload, device: torch.device, dtype: str, seconds: float) -> tuple[float, str]:
+def timed(workload: Workload, options: argparse.Namespace) -> tuple[float, str]:
     """Median seconds of forward plus backward with this package, or infinity and why there is none."""
-    settings = suite.Settings(("training",), (dtype,), ("fastblocks",), seconds, memory=False)
-    (row,) = suite.measure(workload, device, settings)
-    return (row.timing.median, "") if row.timing else (float("inf"), row.refused)
+    settings = suite.Settings(("training",), (options.dtype,), ("fastblocks",), options.seconds, memory=False)
+    (row,) = suite.measure(workload, torch.device("cuda"), settings)
+    return row.get("median", float("inf")), row.get("refused", "")
 
 
-def tune(workload: Workload, device: torch.device, options: argparse.Namespace, console: Console) -> None:
+def tune(workload: Workload, options: argparse.Namespace) -> None:
     """Measure the neighbours of every configuration that a workload launches, and print what is better."""
     from fastblocks.kernels import runtime
 
-    architecture, name = runtime.architecture(device), torch.cuda.get_device_name(device)
+    architecture, name = runtime.architecture(torch.device("cuda")), torch.cuda.get_device_name()
     seen: dict[Question, object] = {}
     known = compiled_cases(workload.name, architecture)
     with overridden({}, seen):
-        before, problem = timed(workload, device, options.dtype, options.seconds)
+        before, problem = timed(workload, options)
     if problem:
-        console.print(f"{workload.name}: {problem}", markup=False)
+        print(f"{workload.name}: {problem}")
         return
-    table = Table(title=f"{workload.name} {options.dtype}: {show(before)}", title_justify="left")
-    for column in ("launch table", "configuration", "time", "× before"):
-        table.add_column(column)
+    columns = ("launch table", "configuration", "time", "× before")
+    table = Table(*columns, title=f"{workload.name} {options.dtype}: {show(before)}", title_justify="left")
     for question, config in seen.items():
-        found = []
+        best, winner = float("inf"), config
         for candidate in neighbours(config)[: options.most]:
             with overridden({question: candidate}):
-                against = objection(workload.name, architecture, known)
-                now, problem = float("inf"), against
-                if not against:
-                    now, problem = timed(workload, device, options.dtype, options.seconds)
-            found.append((now, candidate))
+                problem, now = objection(workload.name, architecture, known), float("inf")
+                if not problem:
+                    now, problem = timed(workload, options)
+            if now < best:
+                best, winner = now, candidate
             table.add_row(str(question), str(candidate.keywords()), problem or show(now), f"{before / now:.3f}")
-        best, winner = min(found, key=lambda pair: pair[0], default=(float("inf"), config))
-        if best < before / options.gain:
-            console.print(f"{question}\n    {entry(winner, best, before, name)}", markup=False, soft_wrap=True)
-        else:
-            console.print(f"{question}\n    keep {config.keywords()}", markup=False, soft_wrap=True)
-    console.print(table)
+        better = best < before / options.gain
+        print(f"{question}\n    {entry(winner, best, before, name) if better else f'keep {config.keywords()}'}")
+    Console(highlight=False).print(table)
 
 
 def main(arguments: list[str]) -> int:
@@ -217,18 +202,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--workload", action="append", help="instead of all that go with the operation")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16")
     parser.add_argument("--seconds", type=float, default=0.2, help="for the samples of a candidate; default: 0.2")
-    parser.add_argument("--most", type=int, default=24, help="candidates for each launch; default: 24")
-    parser.add_argument("--gain", type=float, default=1.03, help="how many times faster counts as better")
+    parser.add_argument("--most", type=positive(int), default=24, help="candidates for each launch; default: 24")
+    parser.add_argument("--gain", type=positive(float), default=1.03, help="how many times faster counts as better")
     options = parser.parse_args(arguments)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
     if not torch.cuda.is_available():
-        errors.print("error: tune measures on a GPU, and there is none; `compile` works without one", markup=False)
-        return 2
-    names = options.workload or list(OPERATIONS[options.operation])
-    chosen, unknown = workloads.select(workloads.all_workloads("full"), names)
-    if unknown:
-        errors.print(f"error: there is no workload {', '.join(unknown)}", markup=False)
-        return 2
-    for workload in [w for w in chosen if w.name in names]:
-        tune(workload, torch.device("cuda"), options, console)
+        raise BadInput("tune measures on a GPU, and there is none; `compile` works without one")
+    names = options.workload or OPERATIONS[options.operation]
+    for workload in workloads.select("full", names):
+        if workload.name in names:
+            tune(workload, options)
     return 0

@@ -15,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 import fastblocks
 from benchmarks import original, workloads
 from benchmarks.measure.environment import describe_device
-from benchmarks.measure.settings import values
+from benchmarks.options import BadInput, positive, several
 from benchmarks.providers import BASELINE, COMPILE, FASTBLOCKS, compiled
-from benchmarks.providers.runner import make_runner
+from benchmarks.providers.runner import DTYPES, make_runner
 from benchmarks.workloads import models
 from benchmarks.workloads.workload import Workload
 
@@ -73,46 +73,34 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="+", metavar="MODEL", help="model, model-roformer, model-rnn, model-unet")
     parser.add_argument("--size", choices=workloads.SIZES, default="full")
-    parser.add_argument("--dtype", action="append", help="default: bf16, on a CPU fp32")
-    parser.add_argument("--provider", action="append", help=", ".join(PROVIDERS))
-    parser.add_argument("--steps", type=int, default=20)
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error(f"--steps must be positive, got {options.steps}")
-    return options
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, on a CPU fp32")
+    parser.add_argument("--provider", type=several(PROVIDERS), action="extend", help=", ".join(PROVIDERS))
+    parser.add_argument("--steps", type=positive(int), default=20)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code; the first process prints."""
     options = parse(arguments)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    chosen = workloads.select(options.size, options.names)
+    if other := [w.name for w in chosen if w.step is not models.step]:
+        raise BadInput(f"{', '.join(other)}: only models (model-roformer, …) are measured under torchrun")
     cuda = torch.cuda.is_available()
-    try:
-        chosen, unknown = workloads.select(workloads.all_workloads(options.size), options.names)
-        unknown += [w.name for w in chosen if w.step is not models.step]
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)}: only models (model-roformer, …) are measured under torchrun")
-        names = values(options, "provider", PROVIDERS)
-        if other := [name for name in names if name not in PROVIDERS]:
-            raise ValueError(f"--provider {', '.join(other)}: under torchrun there are {', '.join(PROVIDERS)}")
-        (dtype,) = values(options, "dtype", ("bf16",) if cuda else ("fp32",))[:1]
-    except ValueError as problem:
-        errors.print(f"error: {problem}", markup=False, soft_wrap=True)
-        return 2
     dist.init_process_group("nccl" if cuda else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    dtype = options.dtype or ("bf16" if cuda else "fp32")
     table = Table("workload", "dtype", "provider", "processes", "steps/s")
     try:
         for workload in chosen:
-            for provider in names:
+            for provider in options.provider or PROVIDERS:
                 rates = steps_per_second(workload, provider, device, dtype, options.steps)
                 table.add_row(workload.name, dtype, provider, str(size), f"{median(rates):.3g}")
         if rank == 0:
-            console.print(describe_device(), markup=False, soft_wrap=True)
-            console.print(table)
+            print(describe_device())
+            Console(highlight=False).print(table)
     finally:
         dist.destroy_process_group()
     return 0

@@ -1,5 +1,6 @@
 """What the machine is, and what is measured on it."""
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,14 +23,13 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     Args:
         commit: of the source, where there is no git to ask.
     """
-    cuda = torch.cuda.is_available()
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or git_commit(),
         "source": source_digest(),
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "device": device_name(),
         "kind": device_kind(),
-        "driver": driver() if cuda else None,
+        "driver": get_nvidia_driver_version(run) if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton_version(),
         "python": platform.python_version(),
@@ -38,7 +39,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 def describe_device() -> str:
     """One line: processor or GPU, versions, threads."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({processor()})"
+    device = device_name() if torch.cuda.is_available() else f"CPU ({device_name()})"
     return (
         f"{device}, {torch.get_num_threads()} of {os.cpu_count()} threads, "
         f"torch {torch.__version__}, triton {triton_version()}, Python {platform.python_version()}"
@@ -52,15 +53,13 @@ def triton_version() -> str | None:
         return None
 
 
-def processor() -> str:
-    """The CPU's name, as far as the system tells."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
+def device_name() -> str:
+    """The GPU's name, or the CPU's, as far as the system tells."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -68,15 +67,6 @@ def device_kind() -> str:
     """The folder of a device's results: `nvidia-h200`, `cpu`."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def driver() -> str | None:
-    """The GPU's driver, as nvidia-smi tells it."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return None
 
 
 def git_commit() -> str:
@@ -95,10 +85,8 @@ def source_digest() -> str:
     """Twelve hexadecimal digits that name the measured source, whether or not it is committed."""
     digest = hashlib.sha256()
     kernels = ROOT / "kernels" if (ROOT / "kernels").is_dir() else ROOT / "fastblocks" / "kernels"
-    for name, folder in (("fastblocks", ROOT / "fastblocks"), ("kernels", kernels)):
+    for folder in (ROOT / "fastblocks", kernels):
         for path in sorted(folder.rglob("*.py")):
-            relative = path.relative_to(folder)
-            if name == "fastblocks" and relative.parts[0] == "kernels":
-                continue
-            digest.update(f"{name}/{relative}".encode() + b"\0" + path.read_bytes() + b"\0")
+            if folder == kernels or kernels not in path.parents:
+                digest.update(f"{folder.name}/{path.relative_to(folder)}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -1,7 +1,5 @@
 """The least time that a workload can take on a device, from bytes that must move and products that must be made."""
 
-from dataclasses import dataclass
-
 import torch
 
 # Measured on the device: a large copy (bytes read and written, per second), a large bf16 product (FLOP/s). The float32
@@ -9,34 +7,29 @@ import torch
 LIMITS = {"H100": (3.0e12, 798e12), "H200": (4.3e12, 790e12)}
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one call must move and multiply."""
-
-    bytes: int
-    flops: int
-
-    def floor(self, device_name: str) -> float | None:
-        """Seconds; None for a device whose limits were not measured."""
-        for part, (bandwidth, rate) in LIMITS.items():
-            if part in device_name:
-                return max(self.bytes / bandwidth, self.flops / rate)
-        return None
+def limits(device_name: str) -> tuple[float, float] | None:
+    """Of `LIMITS`; None for a device that was not measured."""
+    return next((limit for name, limit in LIMITS.items() if name in device_name), None)
 
 
-def work(mode: str, inputs: list[torch.Tensor], weights: list, outputs: list, flops: int) -> Work:
-    """Each tensor read or written once.
+def floor(row: dict, device_name: str) -> float | None:
+    """Seconds for a row's `bytes` and `flops`; None where the limits are not known."""
+    found = limits(device_name)
+    return found and max(row["bytes"] / found[0], row["flops"] / found[1])
+
+
+def work(mode: str, inputs: list[torch.Tensor], weights: list, outputs: int, flops: int) -> dict[str, int]:
+    """`bytes` and `flops` of one call, each tensor read or written once; `outputs` is the bytes of those.
 
     Forward reads inputs and weights and writes outputs. Backward reads inputs, weights and the outputs' gradients, and
     writes a gradient for each that wants one; its products are twice forward's. Training is both.
     """
+    forward = size([*inputs, *weights]) + outputs
+    backward = forward + size([t for t in (*inputs, *weights) if t.requires_grad])
+    moved = {"forward": forward, "backward": backward, "training": forward + backward}[mode]
+    return {"bytes": moved, "flops": {"forward": 1, "backward": 2, "training": 3}[mode] * flops}
 
-    def size(tensors: list[torch.Tensor]) -> int:
-        return sum(t.numel() * t.element_size() for t in tensors)
 
-    read = size(inputs) + size(weights)
-    forward = Work(read + size(outputs), flops)
-    gradients = size([t for t in (*inputs, *weights) if t.requires_grad])
-    backward = Work(read + size(outputs) + gradients, 2 * flops)
-    both = Work(forward.bytes + backward.bytes, 3 * flops)
-    return {"forward": forward, "backward": backward, "training": both}[mode]
+def size(tensors: list[torch.Tensor]) -> int:
+    """Bytes."""
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -6,17 +6,17 @@ autograd, allocations (on CPU tensors), and each `launch()` up to Triton's compi
 """
 
 import argparse
-import os
-import statistics
-import sys
-import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from timeit import repeat
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.options import needs_compiled_kernels
 
 ROUNDS, CALLS = 15, 40
 
@@ -42,46 +42,36 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
             ((2, 3, 16), (2, 1, 2, 24, 8), (2, 1, 2, 24, 8)),
         )
     )
+    depthwise, mlp = [image, kernel, bias, norm], [rows, w1, b1, w2, b2]
+    window = {"window": 32, "register_qkv": registers}
     return {
         "rope_attention, short": (lambda: F.rope_attention(qkv, rope, 2), [qkv]),
         "rope_attention, window, registers": (
-            lambda: F.rope_attention(long_qkv, rope, 2, window=32, register_qkv=registers),
-            [long_qkv, registers],
+            lambda: F.rope_attention(long_qkv, rope, 2, **window), [long_qkv, registers]
         ),
         "grouped_gru": (lambda: F.grouped_gru(x, w, u)[0], [x, w, u]),
         "grouped_lstm": (lambda: F.grouped_lstm(x, v, v)[0], [x, v]),
         "depthwise_conv_layer_norm": (
-            lambda: F.depthwise_conv_layer_norm(image, kernel, bias, norm, bias, stride=(1, 1)),
-            [image, kernel, bias, norm],
+            lambda: F.depthwise_conv_layer_norm(*depthwise, bias, stride=(1, 1)), depthwise
         ),
-        "convnext_mlp": (
-            lambda: F.convnext_mlp(rows, w1, b1, w2, b2, residual=residual),
-            [rows, w1, b1, w2, b2, residual],
-        ),
+        "convnext_mlp": (lambda: F.convnext_mlp(*mlp, residual=residual), [*mlp, residual]),
         "rms_norm": (lambda: F.rms_norm(norm_rows, scale), [norm_rows, scale]),
         "swiglu": (lambda: F.swiglu(gate, up), [gate, up]),
         "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),
         "roformer_block": (lambda: F.roformer_block(*block, rope, 2), block),
         "rnn_block": (lambda: F.rnn_block(*rnn), rnn),
-    }
-
-
-class _Compiled:
-    """Where the driver's launch would be."""
-
-    def __getitem__(self, grid) -> Callable:
-        return lambda *arguments: None
+    }  # fmt: skip
 
 
 class _Held(dict):
-    """Every kernel has been compiled."""
+    """Every kernel has been compiled; what was is called with a grid, and does nothing."""
 
     def get(self, key):
         hash(key)
         return _COMPILED
 
 
-_COMPILED = _Compiled()
+_COMPILED = defaultdict(lambda: lambda *arguments: None)
 
 
 @contextmanager
@@ -101,13 +91,8 @@ def as_on_a_gpu(on_launch: Callable) -> Iterator[None]:
 
 def microseconds(function: Callable) -> float:
     """The quickest of ROUNDS averages: what is slower has been interrupted."""
-    best = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            function()
-        best.append((time.perf_counter() - start) / CALLS * 1e6)
-    return min(best)
+    # with the garbage collector, which timeit stops: autograd's nodes hold each other
+    return min(repeat(function, "import gc; gc.enable()", number=CALLS, repeat=ROUNDS)) / CALLS * 1e6
 
 
 def launches_of(function: Callable) -> list[tuple]:
@@ -151,15 +136,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks host",
         description="Host time of each fused operation, without a GPU: everything but the driver's launch.",
     ).parse_args(arguments)
-    errors = Console(stderr=True)
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        errors.print("error: TRITON_INTERPRET=1 is set: interpreted kernels are not launched", markup=False)
-        return 2
-    try:
-        import fastblocks.kernels.runtime  # noqa: F401
-    except ImportError as problem:
-        errors.print(f"error: Triton cannot be imported: {problem}", markup=False)
-        return 2
+    needs_compiled_kernels()
     torch.set_num_threads(1)
     table = Table(title="host time, µs (launches)", title_justify="left", header_style="bold")
     for column in ("operation", "inference", "forward", "forward + backward", "a launch"):
@@ -169,10 +146,5 @@ def main(arguments: list[str]) -> int:
         cells = [f"{found[k]:.0f} ({found[f'launches, {k}']})" for k in ("inference", "forward", "forward + backward")]
         table.add_row(name, *cells, f"{found['µs a launch, forward + backward']:.1f}")
     Console().print(table)
-    median = statistics.median(microseconds(lambda: torch.empty(64)) for _ in range(5))
-    Console().print(f"torch.empty takes {median:.1f} µs here", highlight=False)
+    print(f"torch.empty takes {microseconds(lambda: torch.empty(64)):.1f} µs here")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

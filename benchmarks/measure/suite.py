@@ -1,63 +1,123 @@
-"""A workload measured: every provider checked against float64, then timed in turn with the others."""
+"""A workload measured: every provider checked against float64, then timed in turn with the others.
+
+A row is a dict, as it stands in result files: `workload`, `shape`, `mode`, `dtype`, `provider`, `error`; then either
+`refused`, which says why there is no time, or seconds and bytes.
+"""
 
 import gc
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import providers
 from benchmarks.measure.error import EPSILON, errors, objection
-from benchmarks.measure.floor import work
-from benchmarks.measure.row import Row, reason
-from benchmarks.measure.settings import Settings
-from benchmarks.measure.timing import Run, clock_of, interleaved, peak_bytes
+from benchmarks.measure.floor import floor, size, work
+from benchmarks.measure.timing import Run, clock_of, interleaved, peak_bytes, quartiles
 from benchmarks.providers import BASELINE, GRAPH
-from benchmarks.providers.runner import products
+from benchmarks.providers.runner import Runner, Skipped, tf32
+from benchmarks.workloads import MODES
 from benchmarks.workloads.workload import Workload
 
 HOST_CALLS = 8
 NUDGES = 3  # runs to find how far a network's error varies
-LEAST = 2  # samples of each: A B B A
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run of the suite does with each workload.
+
+    Args:
+        modes: of `workloads.MODES`.
+        dtypes: of `runner.DTYPES`.
+        providers: of `providers.PROVIDERS`; the baseline's error is found even if it is not among them.
+        seconds: for the samples of one workload, mode and dtype; checks and compilation come on top.
+        compiler: torch.compile's backend.
+        memory: also find the peak.
+    """
+
+    modes: tuple[str, ...] = MODES
+    dtypes: tuple[str, ...] = ("bf16",)
+    providers: tuple[str, ...] = providers.PROVIDERS
+    seconds: float = 1.0
+    compiler: str = "inductor"
+    memory: bool = True
+
+    def of(self, workload: Workload) -> list[str]:
+        """The providers that can be asked for a workload, in the order of the table."""
+        return [n for n in providers.PROVIDERS if n in self.providers and providers.belongs(n, workload)]
+
+
+def reason(problem: BaseException) -> str:
+    """One line of an exception."""
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "out of memory"
+    first = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+    return str(problem) if isinstance(problem, Skipped) else f"{type(problem).__name__}: {first}"[:200]
+
+
+def refused(workload: Workload, settings: Settings, why: str) -> list[Row]:
+    """A row of each provider, mode and dtype, none of them timed."""
+    return [
+        _row(workload, mode, dtype, name, why)
+        for dtype in settings.dtypes
+        for mode in settings.modes
+        for name in settings.of(workload)
+    ]
+
+
+def _row(workload: Workload, mode: str, dtype: str, provider: str, why: str = "") -> Row:
+    row = {"workload": workload.name, "shape": workload.shape, "mode": mode, "dtype": dtype, "provider": provider}
+    return row | {"error": None} | ({"refused": why} if why else {})
 
 
 def measure(workload: Workload, device: torch.device, settings: Settings) -> list[Row]:
     """All rows of a workload, in the order of dtypes, modes, providers."""
     found = []
     for dtype in settings.dtypes:
-        with products(dtype):
+        with tf32(dtype != "fp32"):
             found += _measure_dtype(workload, device, dtype, settings)
         _clean()
     return found
 
 
 def _measure_dtype(workload: Workload, device: torch.device, dtype: str, settings: Settings) -> list[Row]:
-    names = [name for name in providers.PROVIDERS if name in settings.providers and providers.belongs(name, workload)]
-    wanted = names if BASELINE in names else [BASELINE, *names]
-    runners, excuses = {}, {}
-    for name in wanted:
+    names = settings.of(workload)
+    runners, excuses, rows, written = {}, {}, [], 0
+    for name in dict.fromkeys((BASELINE, *names)):
         try:
             runners[name] = providers.prepare(name, workload, device, dtype, settings.compiler)
         except Exception as problem:
             excuses[name] = reason(problem)
-    rows = []
     for mode in settings.modes:
-        if not isinstance(truth := _truth(workload, device, dtype, mode), list):
-            rows += [Row(workload, mode, dtype, n, refused=truth) for n in names]
-            continue
-        baseline, ready = None, {}
-        for name in wanted:
-            row = Row(workload, mode, dtype, name, refused=excuses.get(name, ""))
-            if not row.refused:
-                baseline = _check(row, runners[name], truth, baseline)
+        truth, baseline, ready = _truth(workload, device, dtype, mode), None, {}
+        for name in dict.fromkeys((BASELINE, *names)):
+            row = _row(workload, mode, dtype, name, truth if isinstance(truth, str) else excuses.get(name, ""))
+            if "refused" not in row:
+                found, size_of_results = _check(row, runners[name], truth)
+                written = written or (size_of_results if mode == "forward" else 0)
+                if name == BASELINE:
+                    baseline = found
+                elif found:
+                    baseline = _judge(row, found, baseline, workload, runners.get(BASELINE), truth)
             if name in names:
                 rows.append(row)
-                if not row.refused:
+                if "refused" not in row:
                     ready[name] = row
         del truth
         _clean()
-        _time(ready, runners, mode, workload, device, settings)
+        if ready:
+            plain = next((r for r in map(runners.get, ready) if not r.foreign), runners[next(iter(ready))])
+            written = written or size(getattr(plain, "runner", plain).run("forward"))
+            moved = work(mode, plain.tensors(), plain.weights, written, workload.flops)
+            for row in ready.values():
+                row |= moved
+            _time(ready, runners, workload, device, settings)
         for runner in runners.values():
             runner.release()
         _clean()
@@ -74,25 +134,39 @@ def _truth(workload: Workload, device: torch.device, dtype: str, mode: str) -> l
         return f"no float64 reference: {reason(problem)}"
 
 
-def _check(row: Row, runner, truth: list, baseline: list[float] | None) -> list[float] | None:
-    """Note a provider's error, refuse it if it is too large; returns the baseline's errors once they are known."""
+def _check(row: Row, runner: Runner, truth: list) -> tuple[list[float] | None, int]:
+    """A provider's errors and the bytes of its results; None and why, in the row, if it cannot run."""
+    mode = row["mode"]
     try:
         runner.reset()
-        runner.prepare(row.mode)
-        found = errors(runner.compared(runner.run(row.mode), row.mode), truth)
+        runner.prepare(mode)
+        results = runner.run(mode)
+        found = errors(runner.compared(results, mode), truth)
     except Exception as problem:
-        row.refused = reason(problem)
+        row["refused"] = reason(problem)
         runner.release()
         _clean()
-        return baseline
-    row.error = max(found, default=0.0)
-    if row.provider == BASELINE:
-        return _spread(runner, truth, found) if row.workload.step and row.mode == "training" else found
-    row.refused = objection(found, baseline, row.dtype, row.workload.is_operation)
+        return None, 0
+    row["error"] = max(found, default=0.0)
+    return found, size([t for t in results if t is not None])
+
+
+def _judge(row: Row, found: list, baseline: list | None, workload: Workload, runner: Runner | None, truth: list):
+    """Refuse a provider whose errors are too large; returns the baseline's errors, which may vary more than they did.
+
+    Only a provider that would be refused is worth the runs of `_spread`: they can but raise what is allowed.
+    """
+    strict = workload.is_operation
+    wrong = objection(found, baseline, row["dtype"], strict)
+    if wrong and baseline and workload.step and row["mode"] == "training":
+        baseline = _spread(runner, truth, baseline)
+        wrong = objection(found, baseline, row["dtype"], strict)
+    if wrong:
+        row["refused"] = wrong
     return baseline
 
 
-def _spread(runner, truth: list, found: list[float]) -> list[float]:
+def _spread(runner: Runner, truth: list, found: list[float]) -> list[float]:
     """The baseline's worst errors in training a whole network, over a few inputs that differ by their last bit.
 
     Its losses have kinks (absolute values), and on which side of one a value falls is a matter of rounding: the same
@@ -111,37 +185,34 @@ def _spread(runner, truth: list, found: list[float]) -> list[float]:
     return found
 
 
-def _time(ready: dict[str, Row], runners: dict, mode: str, workload: Workload, device, settings: Settings) -> None:
+def _time(ready: dict[str, Row], runners: dict, workload: Workload, device: torch.device, settings: Settings) -> None:
     """Fill in what is measured of those who passed."""
-    if not ready:
-        return
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    plain = next((r for r in map(runners.get, ready) if not r.foreign), runners[next(iter(ready))])
-    outputs = getattr(plain, "runner", plain).run("forward")
-    amount = work(mode, plain.tensors(), plain.weights, outputs, workload.flops)
-    del outputs
-    for provider, row in list(ready.items()):
-        prepare, run = partial(runners[provider].prepare, mode), partial(runners[provider].run, mode)
-        row.work, row.floor = amount, amount.floor(name) if workload.step is None else None
+    runs, more = {}, {}
+    for provider, row in ready.items():
+        prepare, run = (partial(part, row["mode"]) for part in (runners[provider].prepare, runners[provider].run))
+        peak = host = None
         try:
             if settings.memory and provider != GRAPH:  # its memory is set aside at capture, not at replay
                 prepare()
-                row.peak_bytes = peak_bytes(run, device)
+                peak = peak_bytes(run, device)
             if device.type == "cuda":
-                row.host_seconds = host_time(prepare, run)
+                host = host_time(prepare, run)
         except Exception as problem:
-            row.refused = reason(problem)
-            del ready[provider]
-    runs = {provider: partial(runners[provider].run, mode) for provider in ready}
-    before = {provider: partial(runners[provider].prepare, mode) for provider in ready}
-    for provider, timing in interleaved(
-        runs, settings.seconds, least=LEAST, clock=clock_of(device), before=before
-    ).items():
-        ready[provider].timing = timing
+            row["refused"] = reason(problem)
+            continue
+        runs[provider] = prepare, run
+        more[provider] = {"peak_bytes": peak, "host_seconds": host}
+    for provider, samples in interleaved(runs, settings.seconds, clock_of(device)).items():
+        row = ready[provider]
+        low, median, high = quartiles(samples)
+        least = floor(row, name) if workload.step is None else None
+        row |= {"median": median, "quartiles": [low, high], "samples": len(samples)}
+        row |= {"floor": least, "floor_ratio": least and median / least} | more[provider]
 
 
 def host_time(prepare: Run, run: Run) -> float:
-    """Seconds until a call returns, the device being idle at first: the least of a few."""
+    """Seconds of a call on a GPU until the host is free again, the device being idle at first: the least of a few."""
     times = []
     for _ in range(HOST_CALLS):
         prepare()

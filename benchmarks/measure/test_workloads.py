@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import providers
 from benchmarks.measure import suite
-from benchmarks.providers.runner import products
+from benchmarks.providers.runner import tf32
 from benchmarks.workloads import MODES, all_workloads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,8 +34,8 @@ def test_workload(benchmark, workload, mode, name):
     benchmark.group = f"{workload.name} {mode} {DTYPE}"
     settings = suite.Settings((mode,), (DTYPE,), (name,), 0.0, memory=False)
     (row,) = suite.measure(workload, DEVICE, settings)
-    if row.timing is None:
-        (pytest.fail if row.refused.startswith("wrong") else pytest.skip)(row.refused)
+    if why := row.get("refused"):
+        (pytest.fail if why.startswith("wrong") else pytest.skip)(why)
     gc.collect()
     runner = providers.prepare(name, workload, DEVICE, DTYPE)
     sync = torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None
@@ -48,6 +48,6 @@ def test_workload(benchmark, workload, mode, name):
         runner.prepare(mode)
         sync()
 
-    with products(DTYPE):
+    with tf32(DTYPE != "fp32"):
         benchmark.pedantic(run, setup=setup, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info.update(row.as_json())
+    benchmark.extra_info.update(row)

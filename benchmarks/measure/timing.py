@@ -3,31 +3,17 @@
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import quantiles
 
 import torch
 
 Run = Callable[[], object]
-MAX_SAMPLES = 50
+LEAST, MAX_SAMPLES = 2, 50
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of every sample."""
-
-    samples: tuple[float, ...]
-
-    @property
-    def quartiles(self) -> tuple[float, float, float]:
-        """Lower quartile, median, upper quartile."""
-        if len(self.samples) == 1:
-            return (self.samples[0],) * 3
-        return tuple(quantiles(self.samples, n=4, method="inclusive"))
-
-    @property
-    def median(self) -> float:
-        return self.quartiles[1]
+def quartiles(samples: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else 3 * samples
 
 
 def wall_clock(run: Run) -> float:
@@ -62,21 +48,15 @@ def clock_of(device: torch.device) -> Callable[[Run], float]:
 
 
 def interleaved(
-    runs: dict[str, Run],
-    seconds: float,
-    least: int = 2,
-    clock: Callable[[Run], float] = wall_clock,
-    before: dict[str, Run] | None = None,
-) -> dict[str, Timing]:
-    """Time runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
+    runs: dict[str, tuple[Run, Run]], seconds: float, clock: Callable[[Run], float] = wall_clock
+) -> dict[str, list[float]]:
+    """Seconds of runs in turn, A B B A A B …: whatever slows the machine down for a while slows all of them, and nobody
     always finds the memory as the same other one left it.
 
     Args:
-        runs: name -> what to time; each has run before.
-        seconds: to spend; at least `least` samples are taken of each.
-        least: samples.
+        runs: name -> what to do before each run, outside its time, and what to time; each has run before.
+        seconds: to spend; at least LEAST samples are taken of each.
         clock: measures one run, in seconds.
-        before: name -> what to do before each run, outside its time.
     """
     samples: dict[str, list[float]] = {name: [] for name in runs}
     collecting = gc.isenabled()
@@ -84,16 +64,15 @@ def interleaved(
     try:
         start = time.perf_counter()
         for count in range(MAX_SAMPLES):
-            if count >= least and time.perf_counter() - start > seconds:
+            if count >= LEAST and time.perf_counter() - start > seconds:
                 break
-            for name, run in list(runs.items())[:: -1 if count % 2 else 1]:
-                if before:
-                    before[name]()
+            for name, (prepare, run) in list(runs.items())[:: -1 if count % 2 else 1]:
+                prepare()
                 samples[name].append(clock(run))
     finally:
         if collecting:
             gc.enable()
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return samples
 
 
 def peak_bytes(run: Run, device: torch.device) -> int:

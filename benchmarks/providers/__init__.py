@@ -5,23 +5,28 @@ Rivals are the strongest that there are for one operation each; whoever is missi
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 import fastblocks
 from benchmarks import original
-from benchmarks.providers.attention import flex_attention
 from benchmarks.providers.graph import GraphRunner
-from benchmarks.providers.recurrent import BlockDiagonal, FlashRNN
-from benchmarks.providers.rows import liger
-from benchmarks.providers.runner import Runner, make_runner
-from benchmarks.providers.skipped import Skipped
+from benchmarks.providers.rivals import BlockDiagonal, FlashRNN, flex_attention, liger
+from benchmarks.providers.runner import Runner, Skipped, make_runner
 from benchmarks.workloads.workload import Workload
 
 BASELINE, COMPILE, FASTBLOCKS, GRAPH = OWN = ("baseline", "compile", "fastblocks", "fastblocks-graph")
 RIVALS = ("flex", "block-diagonal", "flashrnn", "max-autotune", "liger")
 PROVIDERS = (*OWN, *RIVALS)
+PACKAGES = {"flashrnn": "flashrnn", "liger": "liger_kernel"}  # what has to be installed
+GPU_ONLY = {
+    GRAPH: "CUDA graphs need a GPU",
+    "max-autotune": "max-autotune chooses among GPU kernels",
+    "flashrnn": "FlashRNN needs a GPU",
+    "liger": "Liger's kernels need a GPU",
+}
 
 
 def belongs(provider: str, workload: Workload) -> bool:
@@ -44,31 +49,29 @@ def prepare(
     Raises:
         Skipped: with the reason, if it is not installed or cannot run here.
     """
-    if device.type != "cuda" and provider in (GRAPH, "max-autotune"):
-        raise Skipped({GRAPH: "CUDA graphs need a GPU"}.get(provider, "max-autotune chooses among GPU kernels"))
-    make = partial(make_runner, workload, device=device, dtype=dtype)
-    if provider == BASELINE:
-        return make(original)
-    if provider == COMPILE:
-        return make(original, wrap=compiled(backend=compiler))
+    if provider in PACKAGES and find_spec(PACKAGES[provider]) is None:
+        raise Skipped(f"{PACKAGES[provider].replace('_', '-')} is not installed")
+    if device.type != "cuda" and provider in GPU_ONLY:
+        raise Skipped(GPU_ONLY[provider])
+    make, details = partial(make_runner, workload, device=device, dtype=dtype), workload.rivals.get(provider, {})
     if provider == FASTBLOCKS:
         return make(fastblocks)
     if provider == GRAPH:
         return GraphRunner(make(fastblocks))
-    details = workload.rivals[provider]
+    wrap = {
+        BASELINE: lambda call: call,
+        COMPILE: compiled(backend=compiler),
+        "max-autotune": compiled(mode="max-autotune"),
+        "flex": lambda _: flex_attention(device=device, compiler=compiler, **details),
+        "liger": lambda _: liger(**details),
+        "block-diagonal": lambda layers: BlockDiagonal(layers).to(device),
+        "flashrnn": lambda layers: FlashRNN(layers).to(device),
+    }[provider]
+    runner = make(original, wrap=wrap)
     if provider == "max-autotune":
-        runner = make(original, wrap=compiled(mode="max-autotune"))
         runner.before_call = torch.compiler.cudagraph_mark_step_begin
-        return runner
-    if provider == "flex":
-        return make(original, wrap=lambda _: flex_attention(device=device, compiler=compiler, **details))
-    if provider == "liger":
-        return make(original, wrap=lambda _: liger(device, **details))
-    if provider == "flashrnn":
-        FlashRNN.check(device, details["kind"], details["channels"] // details["groups"])
-    rival = {"block-diagonal": BlockDiagonal, "flashrnn": FlashRNN}[provider]
-    runner = make(original, wrap=lambda layers: rival(layers, **details).to(device))
-    runner.foreign, runner.weights = True, list(runner.call.parameters())  # the same weights in its own layout
+    if provider in ("block-diagonal", "flashrnn"):
+        runner.foreign, runner.weights = True, list(runner.call.parameters())  # the same weights in its own layout
     return runner
 
 

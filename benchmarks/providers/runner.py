@@ -1,7 +1,7 @@
 """One provider's instance of a workload, in the three modes that are timed: forward, backward alone, training."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 from benchmarks import original
 from benchmarks.workloads.workload import Workload
+
+
+class Skipped(Exception):
+    """A provider cannot take part; the message says why."""
+
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -94,9 +99,7 @@ class Runner:
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the initial weights, buffers and optimizer states, in place."""
-        if not self.initial:
-            return
-        for name, tensor in self.call.state_dict(keep_vars=True).items():
+        for name, tensor in self.call.state_dict(keep_vars=True).items() if self.initial else ():
             tensor.copy_(self.initial[name])
         for optimizer in getattr(self.call, "optimizers", list)():
             for state in optimizer.state.values():
@@ -128,36 +131,34 @@ def make_runner(
     *,
     double: bool = False,
     wrap: Callable[[Callable], Callable] = lambda call: call,
-    seed: int = 0,
 ) -> Runner:
     """A runner of one kit.
 
     Args:
         workload: what to run.
-        kit: `benchmarks.original` or `fastblocks`; equal seeds give equal weights, as the state_dicts are shared.
+        kit: `benchmarks.original` or `fastblocks`; a module gets the original's initial weights, whatever order its own
+            constructor draws them in.
         device: where.
         dtype: a key of `DTYPES`. An operation's tensors have it; a module stays float32 under autocast.
         double: the reference: the same values, computed in float64.
         wrap: changes the callable before autocast is put around it, e.g. compiles it.
-        seed: of inputs and weights.
     """
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     call = workload.build(kit)
     own = DTYPES[dtype] if workload.is_operation else torch.float32
     weights: list[Tensor] = []
     if isinstance(call, nn.Module):
-        load_weights(call, workload, seed)
+        torch.manual_seed(0)
+        call.load_state_dict(workload.build(original).state_dict(), strict=True)
         call = call.to(device, torch.float64 if double else torch.float32)
         call.train(workload.step is not None)
         weights = [p for p in call.parameters() if p.requires_grad]
-    initial = {}
-    if workload.step:
-        initial = {name: tensor.clone() for name, tensor in call.state_dict().items()}
+    initial = {name: tensor.clone() for name, tensor in call.state_dict().items()} if workload.step else {}
     call = wrap(call)
     if not workload.is_operation and own != DTYPES[dtype] and not double:
         call = Cast(call, lambda: torch.autocast(device.type, DTYPES[dtype]))
     inputs = []
-    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(seed))):
+    for i, value in enumerate(workload.inputs(torch.Generator().manual_seed(0))):
         if isinstance(value, Tensor) and value.is_floating_point():
             constant = i in workload.constant
             value = value.to(device).to(torch.float32 if constant else own)
@@ -166,26 +167,21 @@ def make_runner(
     return Runner(workload, call, inputs, weights, initial=initial)
 
 
-def load_weights(module: nn.Module, workload: Workload, seed: int) -> None:
-    """Give a module the baseline's initial weights, whatever order its own constructor draws them in."""
-    torch.manual_seed(seed)
-    module.load_state_dict(workload.build(original).state_dict(), strict=True)
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may go through TF32; cuDNN's default is that they may.
 
-
-def products(dtype: str) -> AbstractContextManager:
-    """float32 products as asked for: exact, or through TF32; cuDNN's default is TF32."""
-    if not torch.cuda.is_available():
-        return nullcontext()
-    return _TF32(dtype != "fp32")
-
-
-class _TF32:
-    def __init__(self, allowed: bool):
-        self.allowed = allowed
-
-    def __enter__(self) -> None:
-        self.previous = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.allowed
-
-    def __exit__(self, *exception) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.previous
+    A PyTorch that has the switches named `fp32_precision` raises where the old ones are read after them.
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches, name, values = (cuda, cudnn.conv, cudnn.rnn), "fp32_precision", ("ieee", "tf32")
+    if not hasattr(cuda, name):
+        switches, name, values = (cuda, cudnn), "allow_tf32", (False, True)
+    before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, values[allowed])
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            setattr(switch, name, value)

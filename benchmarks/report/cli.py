@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.measure.environment import ROOT
+from benchmarks.options import BadInput
 from benchmarks.report import files, plots
 from benchmarks.report.table import markdown
 
@@ -32,11 +31,11 @@ def report(folder: Path) -> list[Path]:
     """Write README.md and the plots; returns them.
 
     Raises:
-        ValueError: if there is no result file, or one that cannot be read.
+        BadInput: if there is no result file, or one that cannot be read.
     """
     kinds = sorted({path.parent for path in folder.glob("*/*.json")}, key=lambda p: (p.name == "cpu", p.name))
     if not kinds:
-        raise ValueError(f"{folder} holds no result files, <device>/<date>-<commit>.json")
+        raise BadInput(f"{folder} holds no result files, <device>/<date>-<commit>.json")
     parts, drawn = [HEAD], []
     (folder / "plots").mkdir(exist_ok=True)
     for kind in kinds:
@@ -56,13 +55,11 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="holds <device>/<file>.json")
-    options = parser.parse_args(arguments)
-    console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+    results = parser.parse_args(arguments).results
     try:
-        written = report(options.results)
-    except (ValueError, OSError) as problem:
-        errors.print(f"error: {problem}", markup=False, soft_wrap=True)
-        return 2
+        written = report(results)
+    except OSError as problem:
+        raise BadInput(str(problem)) from problem
     for path in written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True)
+        print(f"written: {path}")
     return 0

@@ -2,32 +2,43 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from benchmarks.options import BadInput
 
 SCHEMA = 2
 
 
-def write(path: Path, document: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that shall be there whole or not at all, whatever happens meanwhile."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"schema": SCHEMA} | document, indent=1) + "\n")
+    yield temporary
     os.replace(temporary, path)
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    """A result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps({"schema": SCHEMA} | document, indent=1) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
     """A result file's document.
 
     Raises:
-        ValueError: if it is none.
+        BadInput: if it is none.
     """
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as problem:
-        raise ValueError(f"{path} cannot be read as JSON: {problem}") from None
+        raise BadInput(f"{path} cannot be read as JSON: {problem}") from None
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is no result file of this version")
+        raise BadInput(f"{path} is no result file of this version")
     return document
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from benchmarks.measure.floor import LIMITS
+from benchmarks.measure.floor import limits
 from benchmarks.report.table import BASELINE, GRAPH, OURS, comparison, groups
 from benchmarks.workloads.attention import SWEEP
 
@@ -13,13 +13,13 @@ COLOURS = {BASELINE: "#7f7f7f", "compile": "#e6a03c", OURS: "#1f77b4", GRAPH: "#
 OTHER = "#9467bd"
 
 
-def _save(figure: Figure, path: Path) -> None:
-    metadata = {"Date": None} if path.suffix == ".svg" else None  # equal results give equal files
-    figure.savefig(path, dpi=120, metadata=metadata)
-
-
-def _subtitle(document: dict) -> str:
-    return f"{document['device']}, torch {document['torch']}, {document['date'][:10]}, {document['commit']}"
+def _save(figure: Figure, title: str, document: dict, path: Path) -> bool:
+    """Write it under a title that says what was measured; equal results give equal files."""
+    about = f"{document['device']}, torch {document['torch']}, {document['date'][:10]}, {document['commit']}"
+    figure.suptitle(f"{title}\n{about}", fontsize=9)
+    with rc_context({"svg.hashsalt": "fastblocks"}):
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return True
 
 
 def speedups(path: Path, document: dict) -> bool:
@@ -37,8 +37,9 @@ def speedups(path: Path, document: dict) -> bool:
             panels.setdefault(mode, {})[f"{workload} {dtype}"] = ratios
     if not panels:
         return False
-    places = {name: y for y, name in enumerate(dict.fromkeys(n for bars in panels.values() for n in bars))}
-    names = list(dict.fromkeys(n for bars in panels.values() for ratios in bars.values() for n in ratios))
+    everything = [item for bars in panels.values() for item in bars.items()]
+    places = {workload: y for y, workload in enumerate(dict.fromkeys(workload for workload, _ in everything))}
+    names = list(dict.fromkeys(name for _, ratios in everything for name in ratios))
     height = 0.8 / len(names)
     size = (1 + 4 * len(panels), 1.2 + len(places) * (0.12 + 0.12 * len(names)))
     figure = Figure(figsize=size, layout="constrained")
@@ -61,9 +62,7 @@ def speedups(path: Path, document: dict) -> bool:
     axes[0].invert_yaxis()
     axes[0].margins(y=0.01)
     axis.legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"times as fast as the {BASELINE}\n{_subtitle(document)}", fontsize=9)
-    _save(figure, path)
-    return True
+    return _save(figure, f"times as fast as the {BASELINE}", document, path)
 
 
 def windowed(path: Path, document: dict) -> bool:
@@ -84,31 +83,23 @@ def windowed(path: Path, document: dict) -> bool:
         known = [p for p in points if p[2]]
         memory_axis.loglog([p[0] for p in known], [p[2] / 1e6 for p in known], **style)
     for axis, label in ((time_axis, "ms"), (memory_axis, "peak MB")):
-        _lengths(axis, sorted({p[0] for points in lines.values() for p in points}))
+        ticks = sorted({p[0] for points in lines.values() for p in points})
+        axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("T in tokens")
         axis.set_ylabel(label)
         axis.grid(True, alpha=0.3)
     time_axis.legend(fontsize=8)
-    figure.suptitle(f"windowed attention, forward and backward\n{_subtitle(document)}", fontsize=9)
-    _save(figure, path)
-    return True
-
-
-def _lengths(axis: Axes, ticks: list[int]) -> None:
-    axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
-    axis.minorticks_off()
-    axis.set_xlabel("T in tokens")
+    return _save(figure, "windowed attention, forward and backward", document, path)
 
 
 def roofline(path: Path, document: dict) -> bool:
     """FLOP/s against FLOP a byte below the device's limits; only for a GPU whose limits are known."""
-    limits = next((limit for name, limit in LIMITS.items() if name in document["device"]), None)
-    points = [
-        row for row in document["rows"]
-        if row["provider"] in (BASELINE, OURS, GRAPH) and row.get("floor") and row["flops"] and "median" in row
-    ]  # fmt: skip
-    if limits is None or not points:
+    points = [row for row in document["rows"] if "median" in row and row["floor"] and row["flops"]]
+    found = limits(document["device"])
+    if found is None or not points:
         return False
-    bandwidth, rate = limits
+    bandwidth, rate = found
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axis = figure.subplots()
     for name in (BASELINE, OURS, GRAPH):
@@ -121,6 +112,4 @@ def roofline(path: Path, document: dict) -> bool:
     axis.set_ylabel("TFLOP/s")
     axis.grid(True, alpha=0.3)
     axis.legend(fontsize=8)
-    axis.set_title(f"roofline, {_subtitle(document)}", loc="left", fontsize=9)
-    _save(figure, path)
-    return True
+    return _save(figure, "roofline", document, path)

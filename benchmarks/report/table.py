@@ -8,7 +8,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table, box
 
-from benchmarks.report.units import digits, milliseconds
+from benchmarks.report.units import digits
 
 BASELINE, OURS, GRAPH = "baseline", "fastblocks", "fastblocks-graph"
 ARROW = f"{BASELINE}→{OURS}"
@@ -50,17 +50,16 @@ def columns(rows: list[dict], everything: bool) -> list[tuple[str, Callable[[dic
         everything: also shapes, backward alone beside two other modes, CUDA graphs and floors; else what fits 80
             characters.
     """
-    rivals, graphs, floors = False, False, False
-    for row in rows:
-        if "median" in row:
-            rivals |= row["provider"] not in (BASELINE, OURS, GRAPH)
-            graphs |= everything and row["provider"] == GRAPH
-            floors |= everything and row["floor_ratio"] is not None
+    timed = [row for row in rows if "median" in row]
+    rivals = any(row["provider"] not in (BASELINE, OURS, GRAPH) for row in timed)
+    graphs = everything and any(row["provider"] == GRAPH for row in timed)
+    floors = everything and any(row["floor_ratio"] is not None for row in timed)
     modes = [mode for mode in ("forward", "backward", "training") if any(row["mode"] == mode for row in rows)]
     shown = modes if everything or len(modes) < 3 else ["forward", "training"]
     found: list = []
     for mode in shown:
-        found += [(f"{mode} ms", partial(_both, mode, "median", milliseconds)), ("×", partial(_one, mode, OURS))]
+        found.append((f"{mode} ms", partial(_both, mode, "median", lambda seconds: digits(1000 * seconds))))
+        found.append(("×", partial(_one, mode, OURS)))
         if graphs:
             found.append(("in a graph ×", partial(_one, mode, GRAPH)))
         if floors:
@@ -89,28 +88,27 @@ def _rival(mode: str, named: bool, by: dict[str, dict]) -> str:
     return f"{ratio} ({name})" if named and ratio else ratio
 
 
-def summary(rows: list[dict], everything: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and cells, a line a workload and dtype; `everything` as for `columns`."""
+def summary(rows: list[dict], everything: bool) -> tuple[list[str], list[list[str]], str]:
+    """Header, cells, a line a workload and dtype, and what they mean; `everything` as for `columns`."""
     contents, one_dtype, lines = columns(rows, everything), len({row["dtype"] for row in rows}) == 1, []
     for (name, dtype, shape), members in groups(rows, "workload", "dtype", "shape"):
         by = defaultdict(dict, {mode: comparison(few) for (mode,), few in groups(members, "mode")})
         head = [name if one_dtype else f"{name} {dtype}", *([shape] if everything else [])]
         lines.append([*head, *(content(by=by) for _, content in contents)])
-    return ["workload", *(["shape"] if everything else []), *(header for header, _ in contents)], lines
+    header = ["workload", *(["shape"] if everything else []), *(header for header, _ in contents)]
+    return header, lines, NOTE + (RIVAL_NOTE if "× rival" in header else "")
 
 
 def markdown(rows: list[dict]) -> str:
     """The whole summary."""
-    header, lines = summary(rows, everything=True)
+    header, lines, note = summary(rows, everything=True)
     rule = ["---"] * 2 + ["--:"] * (len(header) - 2)
-    note = NOTE + (RIVAL_NOTE if "× rival" in header else "")
     return note + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
 def show(rows: list[dict]) -> None:
     """Print what fits 80 columns, and below it why somebody has no time."""
-    console, (header, lines) = Console(highlight=False), summary(rows, everything=False)
-    note = NOTE + (RIVAL_NOTE if "× rival" in header else "")
+    header, lines, note = summary(rows, everything=False)
     table = Table(caption=note, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
@@ -118,11 +116,10 @@ def show(rows: list[dict]) -> None:
         for cells in family:
             table.add_row(*(colour(cell) if "×" in header[i] else cell for i, cell in enumerate(cells)))
         table.add_section()
-    console.print(table)
+    Console(highlight=False).print(table)
     for row in rows:
         if "refused" in row and row["provider"] in (BASELINE, OURS):
-            text = f"{row['workload']} {row['dtype']} {row['mode']}, {row['provider']}: {row['refused']}"
-            console.print(text, markup=False, soft_wrap=True)
+            print(f"{row['workload']} {row['dtype']} {row['mode']}, {row['provider']}: {row['refused']}")
 
 
 def colour(ratio: str) -> str:

@@ -7,6 +7,8 @@ import soundfile
 import torch
 from torch import Tensor
 
+from benchmarks.options import BadInput
+
 AUDIO = Path(__file__).parents[1] / "audio"
 HELD_OUT_SECONDS = 1.0
 GAIN_DB = 6.0  # every training example is made louder or softer by up to this much, its two parts independently
@@ -25,23 +27,23 @@ def read_recordings(source: Path) -> list[Recording]:
     """Read a wav file, or all wav files of a folder, mixed down to mono.
 
     Raises:
-        ValueError: if there is nothing to read, a file is no audio, or it is silent.
+        BadInput: if there is nothing to read, a file is no audio, or it is silent.
     """
     source = Path(source)
     if not source.exists():
-        raise ValueError(f"{source} does not exist")
+        raise BadInput(f"{source} does not exist")
     paths = sorted(p for p in source.iterdir() if p.suffix.lower() == ".wav") if source.is_dir() else [source]
     if not paths:
-        raise ValueError(f"{source} holds no .wav file")
+        raise BadInput(f"{source} holds no .wav file")
     recordings = []
     for path in paths:
         try:
             samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as problem:
-            raise ValueError(f"{path} cannot be read as audio: {problem.error_string}") from problem
+            raise BadInput(f"{path} cannot be read as audio: {problem.error_string}") from problem
         mono = torch.from_numpy(samples).mean(dim=1)
         if not mono.isfinite().all() or not mono.any():
-            raise ValueError(f"{path} is silent or holds values that are not finite")
+            raise BadInput(f"{path} is silent or holds values that are not finite")
         recordings.append(Recording(path, mono, rate))
     return recordings
 
@@ -55,7 +57,7 @@ class Mixtures:
         crop_seconds: length of a training example.
 
     Raises:
-        ValueError: if files are missing, too short, or differ in sample rate.
+        BadInput: if files are missing, too short, or differ in sample rate.
     """
 
     def __init__(self, target: Path, other: Path, crop_seconds: float):
@@ -66,12 +68,12 @@ class Mixtures:
         self.held_out = round(HELD_OUT_SECONDS * self.sample_rate)
         for recording in self.targets + self.others:
             if recording.sample_rate != self.sample_rate:
-                raise ValueError(
+                raise BadInput(
                     f"{recording.path} has {recording.sample_rate} Hz, {first.path} has {self.sample_rate} Hz: "
                     "all files must share one sample rate, resample them first"
                 )
             if len(recording.samples) < self.crop + self.held_out:
-                raise ValueError(
+                raise BadInput(
                     f"{recording.path} lasts {len(recording.samples) / self.sample_rate:.2f} s, at least "
                     f"{crop_seconds + HELD_OUT_SECONDS:.2f} s are needed: {HELD_OUT_SECONDS:g} s is held out for "
                     f"judging, and training takes {crop_seconds:g} s at a time"

@@ -1,10 +1,13 @@
 """What the training minimizes. Waveforms are (B, samples)."""
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 STFT_SIZES = (2048, 512, 128)  # samples; hop a quarter
 EPSILON = 1e-5
+WEIGHTS = {"waveform": 1.0, "spectral": 0.5, "adversarial": 0.02, "feature": 0.05}
 
 
 def waveform_loss(estimate: Tensor, target: Tensor) -> Tensor:
@@ -46,3 +49,33 @@ def feature_loss(real: list, fake: list) -> Tensor:
     """Feature matching (Kumar et al., "MelGAN", 2019): mean absolute difference, relative to the real maps' level."""
     pairs = [(r.detach(), f) for rs, fs in zip(real, fake, strict=True) for r, f in zip(rs, fs, strict=True)]
     return sum((r - f).abs().mean() / (r.abs().mean() + EPSILON) for r, f in pairs) / len(pairs)
+
+
+def descend(restore: Callable, judge: Callable, critic: nn.Module | None, mixture: Tensor, target: Tensor) -> dict:
+    """Leave the gradients of one step on the parameters: the discriminator's of its loss, the model's of `total`.
+
+    Args:
+        restore: (B, samples) -> (B, samples), the model.
+        judge: (B, samples) -> scores and feature maps, the discriminator `critic`; not called without one.
+        critic: whose parameters stand still while the model learns.
+        mixture: what is restored.
+        target: what should come out.
+
+    Returns:
+        The losses, `total` and `discriminator` among them.
+    """
+    restored = restore(mixture).to(target.dtype)
+    parts, critic_loss = {}, torch.zeros(())
+    if critic:
+        (real, real_maps), (fake, _) = judge(target), judge(restored.detach())
+        critic_loss = discriminator_loss(real, fake)
+        critic_loss.backward()
+        critic.requires_grad_(False)
+        fake, fake_maps = judge(restored)
+        parts = {"adversarial": adversarial_loss(fake), "feature": feature_loss(real_maps, fake_maps)}
+    parts = {"waveform": waveform_loss(restored, target), "spectral": spectral_loss(restored, target)} | parts
+    total = sum(WEIGHTS[name] * value for name, value in parts.items())
+    total.backward()
+    if critic:
+        critic.requires_grad_(True)
+    return parts | {"total": total, "discriminator": critic_loss}

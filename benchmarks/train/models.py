@@ -52,14 +52,8 @@ class MaskModel(nn.Module):
         features = spectrum * (power + 1e-8) ** ((COMPRESSION - 1) / 2)
         features = features.to(self.band.pre_bandnet.weight.dtype)
         mask = self.band.unsplit(self.body(self.band.split(features))).to(spectrum.dtype)
-        real, imag = 1 + mask[..., 0], mask[..., 1]
-        restored = torch.stack(
-            [
-                real * spectrum[..., 0] - imag * spectrum[..., 1],
-                real * spectrum[..., 1] + imag * spectrum[..., 0],
-            ],
-            dim=-1,
-        )
+        (real, imag), (x, y) = (1 + mask[..., 0], mask[..., 1]), spectrum.unbind(-1)
+        restored = torch.stack([real * x - imag * y, real * y + imag * x], dim=-1)
         return self.fourier.istft(restored, waveform.shape[-1])
 
 
@@ -106,9 +100,9 @@ class MelRNN(_DualPath):
         **spectrum: what `MaskModel` takes.
     """
 
-    def __init__(self, kit, channels=128, layers=9, groups=8, *, rnn_layers=2, rnn_type="gru", **spectrum):
+    def __init__(self, kit, channels=128, layers=9, groups=8, *, rnn_layers=2, **spectrum):
         super().__init__(kit, channels, **spectrum)
-        shape = (channels, rnn_layers, groups, rnn_type)
+        shape = (channels, rnn_layers, groups, "gru")
         self.time_blocks = nn.ModuleList(kit.RNNBlock(*shape, bidirectional=False) for _ in range(layers))
         self.band_blocks = nn.ModuleList(kit.RNNBlock(*shape, bidirectional=True) for _ in range(layers))
 
@@ -119,21 +113,19 @@ class MelUNet(MaskModel):
     Args:
         channels: of the first stage.
         stages: how many; the last is the bottom.
-        blocks: of stride 1, in a stage on the way down and again on the way up.
-        kernel_size: of every depthwise convolution.
         **spectrum: what `MaskModel` takes.
     """
 
-    def __init__(self, kit, channels=32, stages=4, *, blocks=1, kernel_size=7, **spectrum):
+    def __init__(self, kit, channels=32, stages=4, **spectrum):
         super().__init__(kit, channels, **spectrum)
         widths = [channels * 2**stage for stage in range(stages)]
         pairs = list(pairwise(widths))
 
         def stage(width):
-            return nn.Sequential(*(kit.ConvNeXt2DBlock(kernel_size, 1, width, width) for _ in range(blocks)))
+            return nn.Sequential(kit.ConvNeXt2DBlock(7, 1, width, width))
 
         def step(mode, source, target):
-            return kit.ConvNeXt2DBlock(kernel_size, 2, source, target, mode)
+            return kit.ConvNeXt2DBlock(7, 2, source, target, mode)
 
         self.encoder = nn.ModuleList(stage(width) for width in widths)
         self.down = nn.ModuleList(step("normal", narrow, wide) for narrow, wide in pairs)

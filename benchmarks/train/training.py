@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report.files import whole
 from benchmarks.train import losses, models
 from benchmarks.train.clips import Mixtures, si_sdr
 
@@ -17,7 +18,7 @@ SMALL = {
     "rnn": lambda kit, rate: models.MelRNN(kit, 32, 2, 2, rnn_layers=1, sample_rate=rate, bands=32),
     "unet": lambda kit, rate: models.MelUNet(kit, 32, 3, sample_rate=rate, bands=40),
 }
-LEARNING_RATES = {"roformer": 2e-3, "rnn": 2e-3, "unet": 2e-3}
+LEARNING_RATE = 2e-3  # of the model; the discriminator has a quarter
 DISCRIMINATORS = {
     "frequency": lambda kit, rate: kit.MultiFrequencyDiscriminator(1, [1024, 512], 2, sample_rate=min(rate, 48000)),
     "period": lambda kit, rate: kit.MultiPeriodDiscriminator(1, rate),
@@ -25,7 +26,6 @@ DISCRIMINATORS = {
     "resolution": lambda kit, rate: kit.MultiResolutionDiscriminator(1, rate, hidden_channels=8),
     "none": None,
 }
-WEIGHTS = {"waveform": 1.0, "spectral": 0.5, "adversarial": 0.02, "feature": 0.05}
 COLUMNS = ("step", "total", "waveform", "spectral", "adversarial", "feature", "discriminator", "si_sdr")
 WARMUP, PLATEAU = 20, 150  # steps: the rate rises until the first, falls with 1/√step after the second
 CLIP_NORM = 1.0
@@ -69,10 +69,9 @@ class Training:
         self.model = SMALL[settings.model](self.kit, rate).to(self.device)
         make = DISCRIMINATORS[settings.discriminator]
         self.critic: nn.Module | None = make(self.kit, rate).to(self.device) if make else None
-        self.base_rate = LEARNING_RATES[settings.model]
-        self.optimizers = [torch.optim.AdamW(self.model.parameters(), self.base_rate, betas=(0.8, 0.99))]
+        self.optimizers = [torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, betas=(0.8, 0.99))]
         if self.critic:
-            self.optimizers.append(torch.optim.AdamW(self.critic.parameters(), self.base_rate / 4, betas=(0.5, 0.9)))
+            self.optimizers.append(torch.optim.AdamW(self.critic.parameters(), LEARNING_RATE / 4, betas=(0.5, 0.9)))
 
     def learning_rate_factor(self) -> float:
         """Depends on the step alone, so that a run can be continued past its end."""
@@ -80,44 +79,23 @@ class Training:
 
     def train_step(self) -> dict[str, float]:
         """One step of the discriminator and one of the model; returns the losses."""
-        for optimizer, base in zip(self.optimizers, (self.base_rate, self.base_rate / 4), strict=False):
+        for optimizer, base in zip(self.optimizers, (LEARNING_RATE, LEARNING_RATE / 4), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = base * self.learning_rate_factor()
         mixture, target = (t.to(self.device) for t in self.clips.batch(self.settings.batch, self.random))
         self.model.train()
-        restored = self.model(mixture)
-        parts = {"waveform": losses.waveform_loss(restored, target), "spectral": losses.spectral_loss(restored, target)}
-        critic_loss = self._judge(parts, restored, target) if self.critic else torch.zeros(())
-        total = sum(WEIGHTS[name] * value for name, value in parts.items())
-        self._descend(self.optimizers[0], self.model, total)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        found = losses.descend(self.model, lambda clip: self.critic(clip[:, None]), self.critic, mixture, target)
+        for module, optimizer in zip((self.model, self.critic), self.optimizers, strict=False):
+            nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            optimizer.step()
         self.step += 1
-        row = {name: float(value.detach()) for name, value in parts.items()}
-        row |= {"step": self.step, "total": float(total.detach()), "discriminator": float(critic_loss.detach())}
+        row = {"step": self.step} | {name: float(value.detach()) for name, value in found.items()}
         if not all(abs(value) < float("inf") for value in row.values()):
             raise RuntimeError(f"training diverged at step {self.step}: {row}")
         self.rows.append(row)
         return row
-
-    def _judge(self, parts: dict[str, Tensor], restored: Tensor, target: Tensor) -> Tensor:
-        """Train the discriminator on the pair, then add the model's adversarial losses to `parts`."""
-        self.critic.requires_grad_(True)
-        real, fake = self.critic(target[:, None])[0], self.critic(restored.detach()[:, None])[0]
-        critic_loss = losses.discriminator_loss(real, fake)
-        self._descend(self.optimizers[1], self.critic, critic_loss)
-        self.critic.requires_grad_(False)
-        with torch.no_grad():
-            _, real_maps = self.critic(target[:, None])
-        fake, fake_maps = self.critic(restored[:, None])
-        parts["adversarial"] = losses.adversarial_loss(fake)
-        parts["feature"] = losses.feature_loss(real_maps, fake_maps)
-        return critic_loss
-
-    @staticmethod
-    def _descend(optimizer: torch.optim.Optimizer, module: nn.Module, loss: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-        optimizer.step()
 
     @torch.no_grad()
     def restore_held_out(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,12 +125,10 @@ class Training:
             "random": self.random.get_state(),
             "torch_random": torch.get_rng_state(),
         }
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with whole(path) as temporary, open(temporary, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
 
     def load(self, state: dict) -> None:
         """Continue from what `save` wrote."""

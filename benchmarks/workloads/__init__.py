@@ -6,6 +6,7 @@ is a selection, too: a workload need not exist at every size.
 
 from collections.abc import Sequence
 
+from benchmarks.options import BadInput
 from benchmarks.workloads import attention, bands, convnext, discriminators, models, recurrent, rows
 from benchmarks.workloads.workload import Workload
 
@@ -27,12 +28,19 @@ def all_workloads(size: str = "full") -> list[Workload]:
     return [workload for family, _ in FAMILIES.values() for workload in family.workloads(size)]
 
 
-def select(workloads: Sequence[Workload], names: Sequence[str]) -> tuple[list[Workload], list[str]]:
-    """Workloads that a name names (itself, its start up to a hyphen, its family), and the names that name none."""
+def select(size: str, names: Sequence[str]) -> list[Workload]:
+    """The workloads of a size that are named (by name, its start up to a hyphen, or family); all without names.
+
+    Raises:
+        BadInput: for a name that names none.
+    """
+    everything = all_workloads(size)
 
     def means(name: str, workload: Workload) -> bool:
         start = FAMILIES[name][1] if name in FAMILIES else name
-        return workload.name == start or workload.name.startswith(f"{start}-")
+        return f"{workload.name}-".startswith(f"{start}-")
 
-    unknown = [name for name in names if not any(means(name, w) for w in workloads)]
-    return [w for w in workloads if any(means(name, w) for name in names)], unknown
+    if unknown := [name for name in names if not any(means(name, w) for w in everything)]:
+        known = ", ".join(workload.name for workload in everything)
+        raise BadInput(f"{', '.join(unknown)} is no workload at --size {size}; there are {known}")
+    return [w for w in everything if not names or any(means(name, w) for name in names)]

@@ -58,22 +58,12 @@ def step(gan: Callable, inputs: Sequence[Tensor]) -> None:
         inputs: (mixture, target).
     """
     mixture, target = inputs
-    optimizers, critic = gan.optimizers(), gan.critic
-    for optimizer in optimizers:
+    for optimizer in gan.optimizers():
         optimizer.zero_grad(set_to_none=True)
-    restored = gan(mixture).to(target.dtype)
-    (real, real_maps), (fake, _) = gan(target, judge=True), gan(restored.detach(), judge=True)
-    losses.discriminator_loss(real, fake).backward()
-    critic.requires_grad_(False)
-    fake, fake_maps = gan(restored, judge=True)
-    real_maps = [[one.detach() for one in maps] for maps in real_maps]
-    total = losses.waveform_loss(restored, target) + 0.5 * losses.spectral_loss(restored, target)
-    total = total + 0.02 * losses.adversarial_loss(fake) + 0.05 * losses.feature_loss(real_maps, fake_maps)
-    total.backward()
-    critic.requires_grad_(True)
+    losses.descend(gan, lambda clip: gan(clip, judge=True), gan.critic, mixture, target)
     for part in gan.parts():
         nn.utils.clip_grad_norm_(part.parameters(), CLIP_NORM)
-    for optimizer in optimizers:
+    for optimizer in gan.optimizers():
         optimizer.step()
 
 

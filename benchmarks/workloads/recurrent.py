@@ -51,6 +51,5 @@ def _workload(name: str, b: int, t: int, c: int, g: int, layers: int) -> Workloa
         return Workload(name, "block", shape, whole, normal((b, t, c)), count)
     width = c // g
     count = layers * flops.grouped_rnn(b * t, width, width // (1 + both), g, GATES[kind], 1 + both)
-    details = {"channels": c, "layers": layers, "groups": g, "kind": kind, "both": both}
-    rivals = {"block-diagonal": details} | ({"flashrnn": details} if layers == 1 else {})
+    rivals = {"block-diagonal": {}} | ({"flashrnn": {}} if layers == 1 else {})
     return Workload(name, "layer", shape, lambda kit: whole(kit).rnn, normal((b, t, c)), count, rivals=rivals)

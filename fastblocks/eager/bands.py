@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from fastblocks.eager.autocast import autocast_enabled
+from fastblocks.eager.derivatives import by_formula, must_trace
 
 Ranges = Sequence[tuple[int, int]]
+
+# Rows of a band that are summed at once in the gradient of its weight. A product with few columns adds all rows one
+# after another: 2 × 128 over 1128 rows has an error of 6e-7, in parts of this size 2e-7, at the same speed.
+_ROWS_AT_ONCE = 128
 
 
 def _disjoint(ranges: Ranges) -> list[list[int]]:
@@ -37,6 +42,34 @@ def _sections(members: list[int], ranges: Ranges, bins: int) -> list[tuple[int |
     return [(k, n) for k, n in [*walk, (None, bins - position)] if n]
 
 
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """rows (N, I) through weight (I, O), plus bias (O,)."""
+    if rows.is_cpu and rows.shape[0] > _ROWS_AT_ONCE and weight.requires_grad and not must_trace():
+        y = _CPUProduct.apply(rows, weight)
+        return y if bias is None else y + bias
+    return rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+
+
+class _CPUProduct(torch.autograd.Function):
+    """A product whose weight's gradient is summed over parts of the rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return rows @ weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return by_formula(torch.matmul, (rows, weight), grad)
+        grad_rows = grad @ weight.T if ctx.needs_input_grad[0] else None
+        whole = len(rows) // _ROWS_AT_ONCE * _ROWS_AT_ONCE
+        parts = (t[:whole].unflatten(0, (-1, _ROWS_AT_ONCE)) for t in (rows, grad))
+        grad_weight = torch.einsum("pni,pno->pio", *parts).sum(0)
+        return grad_rows, grad_weight.addmm_(rows[whole:].T, grad[whole:])
+
+
 def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tensor:
     batch, bins, length, channels = x.shape
     rows = x.transpose(1, 2).reshape(batch * length, bins * channels)
@@ -48,7 +81,7 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
         for (k, n), part in zip(sections, rows.split([n * channels for _, n in sections], 1), strict=True):
             if k is not None:
                 lanes = weights[k][: n * channels]
-                out[k] = part @ lanes if bias_apart else torch.addmm(biases[k], part, lanes)
+                out[k] = _product(part, lanes, None if bias_apart else biases[k])
     for k, (start, end) in enumerate(ranges):
         if start == end:
             alone = torch.zeros_like(biases[k]) if bias_apart else biases[k]
@@ -75,10 +108,10 @@ def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_wi
                 parts.append(x.new_zeros(batch * length, lanes))
                 offsets.append(bias.new_zeros(lanes))
             elif bias_apart:
-                parts.append(rows[k] @ weights[k][:, :lanes])
+                parts.append(_product(rows[k], weights[k][:, :lanes], None))
                 offsets.append(biases[k][:lanes])
             else:
-                parts.append(torch.addmm(biases[k][:lanes], rows[k], weights[k][:, :lanes]))
+                parts.append(_product(rows[k], weights[k][:, :lanes], biases[k][:lanes]))
         merged = torch.cat(parts, 1)
         if bias_apart:
             merged = merged + torch.cat(offsets)

@@ -143,5 +143,5 @@ def rope_attention(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastblocks.functional.rope_attention`, for arguments that `unsupported_reason` accepts."""
-    out, register_out, _ = OPERATOR(qkv, rope, n_head, window, register_qkv, return_registers)
+    out, register_out = OPERATOR(qkv, rope, n_head, window, register_qkv, return_registers)
     return (out, register_out) if return_registers else out

@@ -76,7 +76,7 @@ def grouped_gru(
     keep_gates: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
-    y, h, *_ = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, state, None, dtype, keep_gates)
+    y, h, _ = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, state, None, dtype, keep_gates)
     return y, h
 
 
@@ -91,7 +91,7 @@ def grouped_lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     h_first, c_first = (None, None) if state is None else state
     dtype = compute_dtype(x)
-    y, h, c, *_ = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates)
+    y, h, c = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates)
     return y, (h, c)
 
 

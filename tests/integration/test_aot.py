@@ -52,26 +52,22 @@ def test_compiles_without_a_spill_and_fits(tmp_path, case, architecture):
     assert json.loads(file.read_text())
 
 
-def compiled(job, error=""):
-    return compiling.Compiled("", "", (), "sm_90", {}, 0.0, None, 0, error or str(job))
-
-
 def test_a_compiler_that_aborts_is_an_error_of_its_case(monkeypatch):
     class Job:
-        operator, name, labels, architecture = "family", "_kernel", ("case",), "sm_90"
-
         def __init__(self, number):
             self.number = number
+
+        def compiled(self, since, error):
+            return compiling.Compiled("", "", [], "sm_90", {}, error=error)
 
     def compile_job(job):
         if job.number % 2:
             faulthandler.disable()  # pytest's would print this process's stack
             os.write(2, b"LLVM ERROR: no such layout\n")
             os.abort()
-        return compiled(job.number)
+        return job.compiled(0.0, error=str(job.number))
 
     monkeypatch.setattr(compiling, "compile_job", compile_job)
-    monkeypatch.setattr(compiling, "configuration", lambda job: {})
     for processes in (1, 2):
         found = compiling.compile_all([Job(number) for number in range(5)], processes, Console(quiet=True))
         errors = [one.error for one in found]
@@ -177,8 +173,8 @@ RECORDED = """
 import torch
 from benchmarks.aot import cases
 
-shapes = cases.random_shapes(6 * len(cases.RANDOM), seed=5)
-for operator in cases.RANDOM:
+shapes = cases.random_shapes(6 * len(cases.OPERATORS), seed=5)
+for operator in cases.OPERATORS:
     ours = [shape for shape in shapes if shape.operator == operator]
     assert len(ours) == 6 and len(list(cases.cases_of(ours, "sm_90"))) > len(ours), operator
 products = [shape for shape in cases.random_shapes(200, seed=0) if shape.tf32]

@@ -1,5 +1,0 @@
-"""A provider that cannot take part."""
-
-
-class Skipped(Exception):
-    """The reason is the message."""
