@@ -110,8 +110,8 @@ def _norm_linear_grad_x_kernel(
 
 
 def forward(x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Tensor, eps: float) -> None:
-    """Fills out (N, M), normalized (N, C) and rstd (N,) from x (N, C) and weight (M, C); all contiguous."""
-    n_rows, channels = x.shape
+    """Fills out (…, M), normalized (…, C) and rstd from x (…, C), N rows, and weight (M, C); all contiguous."""
+    n_rows, channels = rstd.shape[0], weight.shape[1]
     chosen = config.launch_config("norm_linear_forward", x, weight)
     launch(
         _norm_linear_forward_kernel,
@@ -133,8 +133,8 @@ def forward(x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Te
 def grad_x(
     grad_out: Tensor, normalized: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None, grad_x: Tensor
 ) -> None:
-    """Fills grad_x (N, C), of any float dtype; residual (N, C) is added to it."""
-    n_rows, channels = normalized.shape
+    """Fills grad_x (…, C), N rows of any float dtype; the residual is added to it."""
+    n_rows, channels = rstd.shape[0], weight.shape[1]
     chosen = config.launch_config("norm_linear_grad_x", grad_x, weight)
     launch(
         _norm_linear_grad_x_kernel,
