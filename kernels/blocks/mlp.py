@@ -23,7 +23,12 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 
 # Exponential and reciprocal as single instructions, without Triton's handling of denormals: 4 instead of about 9 per
 # sigmoid, as exact. They are inline PTX: tools that execute Triton's IR cannot run it and may set this to False.
-HARDWARE_SIGMOID = not runtime.INTERPRETED and not runtime.HIP
+HARDWARE_SIGMOID = True
+
+
+def hardware_sigmoid(x: Tensor) -> bool:
+    """Whether kernels on x's device use those instructions."""
+    return HARDWARE_SIGMOID and runtime.architecture(x.device).startswith("sm_")
 
 
 @triton.jit
@@ -132,5 +137,5 @@ def forward(
         F_PAD=weight.shape[1],
         HAS_PRODUCT=weight_out is not None,
         KEEP=normalized is not None,
-        HARDWARE=HARDWARE_SIGMOID,
+        HARDWARE=hardware_sigmoid(x),
     )
