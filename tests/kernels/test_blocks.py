@@ -206,7 +206,8 @@ def test_mlp_backward(name, dtype, stream, with_product, device, poison):
     rstd = torch.rsqrt(m.square().mean(-1) + EPS)
     normalized = (m * rstd[:, None]).to(dtype)
     narrow = None if grad.dtype == dtype else torch.empty_like(normalized)
-    grad_x, grad_addend = torch.empty_like(x), torch.empty_like(addend) if with_product else None
+    grad_x = torch.empty_like(x)
+    grad_addend = torch.empty_like(addend) if with_product or narrow is not None else None
     partial = empty(2, weight.numel() + 3, device=device)[:, 3:].unflatten(1, weight.shape)
     mlp_backward.grad_x(grad, normalized, rstd.float(), weight, weight_out, grad_x, grad_addend, narrow)
     mlp_backward.grad_weight(grad if narrow is None else narrow, normalized, weight, partial)
@@ -219,6 +220,7 @@ def test_mlp_backward(name, dtype, stream, with_product, device, poison):
     check(got, *([grads[i] for i in pick] for grads in found), names)
     if narrow is not None:
         assert torch.equal(narrow, grad.to(dtype))
+        assert with_product or torch.equal(grad_addend, grad_x.to(dtype))
 
 
 # ---- the block -------------------------------------------------------------------------------------------------------
