@@ -15,6 +15,7 @@ COMMANDS = {  # name -> module, and what it does
     "compile": ("benchmarks.aot.compiling", "compile every kernel, without a GPU: registers, spills, …"),
     "tune": ("benchmarks.aot.tuning", "measure launch configurations on the GPU that is there"),
     "host": ("benchmarks.measure.host", "what an operation costs the CPU that launches it, without a GPU"),
+    "kept": ("benchmarks.measure.kept", "what a training step keeps for its backward pass, without a GPU"),
     "report": ("benchmarks.report.cli", "draw the tables and plots in benchmarks/results from result files"),
 }
 

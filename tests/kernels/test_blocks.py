@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import fastblocks
-from fastblocks import backend, functional
+from benchmarks import original
+from benchmarks.measure.kept import kept_bytes
+from fastblocks import backend, functional, use_backend
 from tests.compare import ROUNDING, assert_as_exact, assert_close, relative_error
 from tests.reference.blocks import rnn_block_of as rnn_reference
 from tests.reference.blocks import roformer_block_of as reference
@@ -510,3 +512,13 @@ def test_what_the_kernels_do_not_take(device):
     assert "the head size is 4" in said(narrow, x)[0]
     double = fastblocks.RoFormerBlock(16, 2, 9).to(device).double()
     assert said(double, x.double())[0] == "roformer_block: eager (no kernel for float64)"
+
+
+@pytest.mark.parametrize("name", ["RoFormerBlock", "RNNBlock"])
+def test_training_keeps_less_than_half_of_what_the_original_keeps(name, device):
+    arguments = {"RoFormerBlock": (64, 2, 40), "RNNBlock": (64, 1, 4)}[name]
+    x = randn(2, 40, 64, device=device).float()
+    theirs = kept_bytes(getattr(original, name)(*arguments).to(device), x)
+    with use_backend("triton"):
+        ours = kept_bytes(getattr(fastblocks, name)(*arguments).to(device), x)
+    assert ours < theirs / 2
