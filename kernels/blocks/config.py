@@ -16,14 +16,25 @@ from fastblocks.kernels.runtime import cdiv, power_of_two
 # Most channels, in 16 bits, for which the norms' products and the MLP run in kernels of their own. Above, their tiles
 # spill (256 channels), and the library's products with the kernels of `rows` between them are predicted to win.
 FUSED_CHANNELS = 128
-FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients spill in one kernel
+RECOMPUTED_CHANNELS = 64  # up to which the MLP's weight gradient recomputes the hidden units; above, that spills
 
 OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")  # elsewhere operands take registers
 
 
-def fuses(channels: int, dtype: torch.dtype, backward: bool = False) -> bool:
+def fuses(channels: int, dtype: torch.dtype) -> bool:
     """Whether a block of this width, with products in this dtype, runs in fused kernels rather than the library's."""
-    return dtype != torch.float32 and channels <= (FUSED_BACKWARD_CHANNELS if backward else FUSED_CHANNELS)
+    return dtype != torch.float32 and channels <= FUSED_CHANNELS
+
+
+def fuses_backward(channels: int, weight: Tensor) -> bool:
+    """The same of its backward pass, with products in the dtype and on the device of a weight.
+
+    Above RECOMPUTED_CHANNELS the hidden units' gradients are stored on the way, for products of their own. Predicted at
+    N 72192, C 128, H100: 300 µs, the library's products with the kernels of `rows` 440; H200: 290 and 307. Where
+    operands take registers, 128 rows spill: there the library multiplies.
+    """
+    roomy = runtime.architecture(weight.device) in (*OPERANDS_IN_SHARED_MEMORY, "interpreter")
+    return fuses(channels, weight.dtype) and (roomy or channels <= RECOMPUTED_CHANNELS)
 
 
 def launch_config(kernel: str, x: Tensor, weight: Tensor) -> LaunchConfig:
@@ -47,6 +58,8 @@ def of_kernel(kernel: str, architecture: str, block_c: int, itemsize: int) -> La
         # Three stages: Triton waits for every product, so that of two no copy would be in flight (99 µs instead of 74).
         return config(8 if wide else 4, 3, BLOCK_M=128, BLOCK_F=32, BLOCK_C=block_c)
     if kernel == "block_mlp_grad_x":
+        if wide:  # stores the hidden units' gradients: 250 registers; 64 units would need 208 KB of shared memory
+            return config(8, 3, BLOCK_M=128, BLOCK_F=32, BLOCK_C=block_c)
         return config(4, 3 if roomy else 2, BLOCK_M=64, BLOCK_F=32, BLOCK_C=block_c)
     if kernel == "block_mlp_grad_weight":
         if not roomy:
@@ -55,10 +68,10 @@ def of_kernel(kernel: str, architecture: str, block_c: int, itemsize: int) -> La
     return config(8, 3 if roomy else 2, BLOCK_M=64, BLOCK_N=128 if roomy else 64, BLOCK_C=block_c)
 
 
-def slabs(n_rows: int, device: torch.device) -> int:
-    """How many slabs share the rows of a weight gradient: at 64 channels qkv and the MLP have two programs a slab, one
-    for every SM together."""
-    return max(1, min(cdiv(n_rows, 64), runtime.sm_count(device) // 2))
+def slabs(n_rows: int, channels: int, device: torch.device) -> int:
+    """How many slabs share the rows of a weight gradient: one program for every SM together. At 64 channels qkv and the
+    MLP have two programs a slab; at 128, where the hidden units were stored, three and a multiple of it."""
+    return max(1, min(cdiv(n_rows, 64), runtime.sm_count(device) // (2 if channels <= RECOMPUTED_CHANNELS else 3)))
 
 
 @cache

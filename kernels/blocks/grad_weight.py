@@ -11,7 +11,7 @@ from torch import Tensor
 from fastblocks.kernels.blocks import config
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import dot, round_to
-from fastblocks.kernels.runtime import cdiv, tl, triton
+from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
 
 @triton.jit
@@ -50,10 +50,13 @@ def _linear_grad_weight_kernel(
 def grad_weight(grad_out: Tensor, x: Tensor, partial: Tensor) -> None:
     """Fills partial (slabs, M, C), float32, any stride between slabs."""
     n_rows, channels = x.shape
+    outputs = grad_out.shape[1]
     chosen = config.launch_config("linear_grad_weight", grad_out, x)
+    if outputs <= chosen["BLOCK_N"]:  # in one block a third of the SMs would have a program: 33 µs instead of 22
+        chosen = chosen.with_(BLOCK_N=max(16, power_of_two(outputs) // 2))
     launch(
         _linear_grad_weight_kernel,
-        (partial.shape[0], cdiv(grad_out.shape[1], chosen["BLOCK_N"])),
+        (partial.shape[0], cdiv(outputs, chosen["BLOCK_N"])),
         chosen,
         like=x,
         grad_out_ptr=grad_out,
@@ -62,5 +65,5 @@ def grad_weight(grad_out: Tensor, x: Tensor, partial: Tensor) -> None:
         n_rows=n_rows,
         stride_slab=partial.stride(0),
         C=channels,
-        OUT=grad_out.shape[1],
+        OUT=outputs,
     )

@@ -5,12 +5,13 @@
     ∂W_gate = ∂gateᵀ x̂    ∂W_up = ∂upᵀ x̂    ∂W_downᵀ = hiddenᵀ ∂y      of the packed weights, (3, F', C)
 
 Both kernels recompute gate and up from x̂: storing them would move 6F/C bytes an element of (N, C), the largest tensors
-of the block. Layouts as in `mlp`; ∂y and ∂m have y's dtype, ∂a the products'. With a float32 ∂y the first kernel also
+of the block. Above 64 channels the second kernel spills; there the first stores what it recomputed, and `grad_weight`
+multiplies. Layouts as in `mlp`; ∂y and ∂m have y's dtype, ∂a the products'. With a float32 ∂y the first kernel also
 writes ∂y in the products' dtype: inside a loop of products float32 would be converted in every pass.
 
 Bytes an element of (N, C), s = 4 or 2 of y: the first 2s + 4 (+ 2 with the narrow ∂y), the second 4 and the partial
 sums, 24 · slabs · F' / N; FLOPs 10F + 2C and 12F.
-Predicted (not measured), N 72192, C 64, F 170, float32 y, H100: 47 and 27 µs.
+Predicted (not measured), N 72192, float32 y, H100: C 64, F 170, 47 and 27 µs; C 128, F 341, storing, 137 µs.
 """
 
 from torch import Tensor
@@ -40,6 +41,8 @@ def _block_mlp_grad_x_kernel(
     grad_m_ptr,
     grad_addend_ptr,
     narrow_ptr,
+    grad_gate_up_ptr,
+    hidden_ptr,
     n_rows,
     C: tl.constexpr,
     F_PAD: tl.constexpr,
@@ -51,7 +54,8 @@ def _block_mlp_grad_x_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """grid (blocks of rows,). HAS_PRODUCT: grad_addend is grad_m W_out, else grad_m. NARROW: the products have another
-    dtype than grad_y, which is also stored in that and read back as an operand in shared memory."""
+    dtype than grad_y, which is also stored in that and read back as an operand in shared memory. grad_gate_up_ptr (N,
+    2F'), hidden_ptr (N, F'): for the weights' gradients as products of their own, or None."""
     start_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
@@ -74,9 +78,17 @@ def _block_mlp_grad_x_kernel(
         gate = dot(normalized, tl.trans(weight_gate), "ieee")
         up = dot(normalized, tl.trans(weight_up), "ieee")
         grad_hidden = dot(grad_y, tl.trans(weight_down), "ieee")  # [BLOCK_M, BLOCK_F]
-        _, grad_gate, grad_up = _swiglu_backward(gate, up, grad_hidden, HARDWARE)
-        grad = dot(round_to(grad_gate, normalized.dtype), weight_gate, "ieee", grad)
-        grad = dot(round_to(grad_up, normalized.dtype), weight_up, "ieee", grad)
+        swish, grad_gate, grad_up = _swiglu_backward(gate, up, grad_hidden, HARDWARE)
+        grad_gate, grad_up = round_to(grad_gate, normalized.dtype), round_to(grad_up, normalized.dtype)
+        if hidden_ptr is not None:
+            offs_f = start + tl.arange(0, BLOCK_F)
+            ptrs = hidden_ptr + start_m * F_PAD + offs_m[:, None] * F_PAD + offs_f[None, :]
+            tl.store(ptrs, round_to(swish * up, normalized.dtype), mask=mask_m[:, None])
+            ptrs = grad_gate_up_ptr + start_m * (2 * F_PAD) + offs_m[:, None] * (2 * F_PAD) + offs_f[None, :]
+            tl.store(ptrs, grad_gate, mask=mask_m[:, None])
+            tl.store(ptrs + F_PAD, grad_up, mask=mask_m[:, None])
+        grad = dot(grad_gate, weight_gate, "ieee", grad)
+        grad = dot(grad_up, weight_up, "ieee", grad)
     wide = tl.load(normalized_ptr + start_m * C + offs, mask=mask, other=0.0).to(tl.float32)
     rstd = tl.load(rstd_ptr + start_m + offs_m, mask=mask_m, other=0.0)
     grad_m = rstd[:, None] * (grad - wide * (tl.sum(grad * wide, axis=1) / C)[:, None])
@@ -150,9 +162,12 @@ def grad_x(
     grad_m: Tensor,
     grad_addend: Tensor | None,
     narrow: Tensor | None,
+    grad_gate_up: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> None:
     """Fills grad_m and grad_addend (N, C), and narrow, grad_y in the products' dtype; narrow is None where grad_y has
-    that dtype, and then, without weight_out, grad_addend, which is grad_m."""
+    that dtype, and then, without weight_out, grad_addend, which is grad_m. Also grad_gate_up (N, 2F') and hidden (N,
+    F'), where both are wanted; all contiguous."""
     n_rows, channels = normalized.shape
     chosen = config.launch_config("block_mlp_grad_x", grad_y, weight)
     launch(
@@ -168,6 +183,8 @@ def grad_x(
         grad_m_ptr=grad_m,
         grad_addend_ptr=grad_addend,
         narrow_ptr=narrow,
+        grad_gate_up_ptr=grad_gate_up,
+        hidden_ptr=hidden,
         n_rows=n_rows,
         C=channels,
         F_PAD=weight.shape[1],

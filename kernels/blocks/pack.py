@@ -156,12 +156,20 @@ def numbers(channels: int, hidden: int, attention: bool) -> int:
 def parts(packed: Tensor, channels: int, hidden: int, attention: bool) -> list[Tensor]:
     """Views of packed weights, or of slabs of their gradients, (…, numbers): qkv (…, 3C, C), out (…, C, C) and MLP
     (…, 3, F', C); without attention the last alone."""
-    lead, mlp = packed.shape[:-1], (3, padded(hidden), channels)
+    lead, strides, start = packed.shape[:-1], packed.stride()[:-1], packed.storage_offset()
+    square, rows = channels * channels, padded(hidden)
+
+    def part(offset: int, *size: int) -> Tensor:  # split and view would take three times as long
+        last = (rows * channels, channels, 1)[-len(size) :]
+        return packed.as_strided((*lead, *size), (*strides, *last), start + offset)
+
     if not attention:
-        return [packed.view(*lead, *mlp)]
-    square = channels * channels
-    qkv, out, rest = packed.split((3 * square, square, mlp[0] * mlp[1] * mlp[2]), -1)
-    return [qkv.view(*lead, -1, channels), out.view(*lead, channels, channels), rest.view(*lead, *mlp)]
+        return [part(0, 3, rows, channels)]
+    return [
+        part(0, 3 * channels, channels),
+        part(3 * square, channels, channels),
+        part(4 * square, 3, rows, channels),
+    ]
 
 
 def pack(

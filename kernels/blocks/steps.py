@@ -32,7 +32,7 @@ def norm_linear_backward(
     partial: Tensor | None,
 ) -> None:
     """Fills grad_x (N, C), with the residual's gradient added, and partial (slabs, M, C), those that are not None."""
-    fused = config.fuses(weight.shape[1], weight.dtype, backward=True)
+    fused = config.fuses_backward(weight.shape[1], weight)
     if partial is not None and fused:
         grad_weight(grad_out, normalized, partial)
     elif partial is not None:
@@ -92,19 +92,28 @@ def mlp_backward_all(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the addend, which may be one tensor, and the weights' in partial (slabs, 3, F', C) and
     partial_out (slabs, C, C), where they are not None."""
-    dtype = weight.dtype
+    dtype, (_, padded, channels) = weight.dtype, weight.shape
     grad_m = torch.empty_like(grad_y)
-    if config.fuses(weight.shape[2], dtype, backward=True):
+    if config.fuses_backward(channels, weight):
         narrow = None if grad_y.dtype == dtype else torch.empty_like(normalized)
         grad_addend = grad_m if narrow is None and weight_out is None else torch.empty_like(normalized)
-        mlp_backward.grad_x(grad_y, normalized, rstd, weight, weight_out, grad_m, grad_addend, narrow)
+        stored = ()
+        if partial is not None and channels > config.RECOMPUTED_CHANNELS:
+            stored = tuple(normalized.new_empty(len(normalized), n * padded) for n in (2, 1))
+        mlp_backward.grad_x(grad_y, normalized, rstd, weight, weight_out, grad_m, grad_addend, narrow, *stored)
         if partial is not None:
-            mlp_backward.grad_weight(grad_y if narrow is None else narrow, normalized, weight, partial)
+            operand = grad_y if narrow is None else narrow
+            if stored:
+                grad_gate_up, hidden = stored
+                grad_weight(grad_gate_up, normalized, partial[:, :2].view(len(partial), -1, channels))
+                grad_weight(hidden, operand, partial[:, 2])
+            else:
+                mlp_backward.grad_weight(operand, normalized, weight, partial)
             if weight_out is not None:
                 grad_weight(grad_m, addend, partial_out)
         return grad_m, grad_addend
 
-    narrow, (_, padded, channels) = grad_y.to(dtype), weight.shape
+    narrow = grad_y.to(dtype)
     gate_up = _gate_up(normalized, weight)
     hidden = gate_up.new_empty(len(gate_up), padded)
     torch.mm(narrow, weight[2].t(), out=hidden)  # its gradient, then, in place, itself
@@ -126,10 +135,10 @@ def mlp_backward_all(
 
 def slabs_of(n_rows: int, channels: int, weight: Tensor) -> int:
     """How many slabs of partial sums the weights' gradients over these rows are."""
-    return config.slabs(n_rows, weight.device) if config.fuses(channels, weight.dtype, backward=True) else 1
+    return config.slabs(n_rows, channels, weight.device) if config.fuses_backward(channels, weight) else 1
 
 
 def new_partial(slabs: int, packed: Tensor, channels: int) -> Tensor:
     """Memory for the partial sums of the packed weights' gradients: the library's products have their own dtype."""
-    fused = config.fuses(channels, packed.dtype, backward=True)
-    return packed.new_empty((slabs, packed.shape[0]), dtype=torch.float32 if fused else packed.dtype)
+    dtype = torch.float32 if config.fuses_backward(channels, packed) else packed.dtype
+    return packed.new_empty((slabs, packed.shape[0]), dtype=dtype)
