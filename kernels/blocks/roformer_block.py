@@ -7,9 +7,9 @@ for. Products are rounded to `dtype` (autocast's, where that is on); y has the p
 
 Launches, 16 bits up to 128 channels: pack, norm and qkv, attention, output product and MLP: 4 forward. Backward up to
 64 channels: MLP by its input, MLP by its weights, output product by its weight, attention's 1 to 3, qkv by its weight,
-norm and qkv by the input, unpack and the sum of its scales: 8 to 10; up to 128 channels on sm_90 and later one more;
-above, and for float32 also forward, the library multiplies (`steps`). Registers run the same kernels over rows of their own: one launch more forward (two with their
-output), three more backward (six).
+norm and qkv by the input, unpack and the sum of its scales: 8 to 10; up to 128 channels on sm_90 and later one more.
+Above, and for float32 also forward, the library multiplies (`steps`). Registers run the same kernels over rows of their
+own: one launch more forward (two with their output), three more backward (six).
 Kept for backward besides the arguments: x̂₁, qkv, the attention's output and x̂₂, 12 bytes an element in 16 bits, two
 rstd a row, what the attention keeps, and the packed weights. Neither x + attention nor gate and up are kept.
 """
