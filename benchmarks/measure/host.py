@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.options import needs_compiled_kernels
+from benchmarks.report.table import fitted
 
 ROUNDS, CALLS = 15, 40
 
@@ -124,13 +124,12 @@ def main(arguments: list[str]) -> int:
     ).parse_args(arguments)
     needs_compiled_kernels()
     torch.set_num_threads(1)
-    table = Table(title="host time, µs (launches)", title_justify="left", header_style="bold")
-    for column in ("operation", "inference", "forward", "forward + backward", "a launch"):
-        table.add_column(column, justify="left" if column == "operation" else "right")
+    console, lines = Console(highlight=False), []
     for name, (function, leaves) in calls().items():
         found = measure(function, leaves)
         cells = [f"{found[k]:.0f} ({found[f'launches, {k}']})" for k in ("inference", "forward", "forward + backward")]
-        table.add_row(name, *cells, f"{found['µs a launch, forward + backward']:.1f}")
-    Console().print(table)
+        lines.append([name, *cells, f"{found['µs a launch, forward + backward']:.1f}"])
+    header = ["operation", "inference", "forward", "forward + backward", "a launch"]
+    console.print(fitted(header, lines, console, "host time, µs (launches)"))
     print(f"torch.empty takes {microseconds(lambda: torch.empty(64)):.1f} µs here")
     return 0

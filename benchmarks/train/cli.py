@@ -34,7 +34,8 @@ from benchmarks.train.training import (
     read_checkpoint,
 )
 
-JUDGE_EVERY = 20  # steps between two judgements of the held-out seconds, and two lines where there is no terminal
+JUDGE_EVERY = 20  # steps between two judgements of the held-out seconds
+LINE_SECONDS = 10.0  # between two lines of progress, where there is no terminal, at most
 DEFAULTS = Settings(target=str(AUDIO / "guitar.wav"), other=str(AUDIO / "tabla.wav"))
 
 
@@ -155,13 +156,18 @@ def write_audio(training: Training, out: Path, untrained: torch.Tensor | None) -
 
 @contextlib.contextmanager
 def progress(training: Training) -> Iterator[Callable[[str], None]]:
-    """What tells of each step, in a few words: a bar on a terminal, else a line every JUDGE_EVERY steps."""
+    """What tells of each step, in a few words: a bar on a terminal, else a line after every judgement and
+    LINE_SECONDS."""
     settings, first = training.settings, training.step
     if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        told = float("-inf")
 
         def line(text: str) -> None:
-            if training.step == first + 1 or training.step % JUDGE_EVERY == 0 or training.finished:
+            nonlocal told
+            late = time.monotonic() - told > LINE_SECONDS
+            if late or training.step % JUDGE_EVERY == 0 or training.finished:
                 print(f"step {training.step}: {text}", flush=True)
+                told = time.monotonic()
 
         yield line
         return

@@ -131,8 +131,8 @@ def test_minutes_are_of_all_parts_together(tmp_path, folders, monkeypatch):
 def test_without_a_terminal_there_are_lines(tmp_path, folders, capsys):
     assert main([*folders, "--steps", "21", "--discriminator", "none", "--out", str(tmp_path / "out")]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.partition(":")[0] for line in lines] == ["step 1", "step 20", "step 21"]
-    assert all("loss" in line and "steps/s" in line for line in lines) and "SI-SDR" in lines[1]
+    assert {line.partition(":")[0] for line in lines} >= {"step 1", "step 20", "step 21"}
+    assert all("loss" in line and "steps/s" in line for line in lines) and "SI-SDR" in lines[-1]
 
 
 def test_no_discriminator_and_minutes(tmp_path, folders):
