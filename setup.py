@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastblocks/__init__.py").read_text(), re.MULTILINE)[1]
 
+# Models whose blocks `fastblocks.convert` swaps, at the versions that its adapters are tested against.
+ADAPTERS = ["bs-roformer==1.2.4", "rotary-embedding-torch==0.9.1", "timm==1.0.31", "vocos==0.1.0"]
 BENCH = ["rich>=13", "matplotlib>=3.8", "soundfile>=0.12"]
 TEST = [
     *BENCH,
@@ -51,5 +53,5 @@ setup(
     package_data={"fastblocks": ["py.typed"]},
     # Up to the last version that .ci/versions tries; each PyTorch wants one Triton, so its cap is this one.
     install_requires=["torch>=2.8", "numpy", 'triton>=3.4,<3.10; platform_system == "Linux"'],
-    extras_require={"bench": BENCH, "test": TEST},
+    extras_require={"adapters": ADAPTERS, "bench": BENCH, "test": TEST},
 )

@@ -8,7 +8,6 @@ from benchmarks.options import BadInput
 
 # before PyTorch is loaded: the profiler that measures memory on a CPU would talk on stderr
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 COMMANDS = {  # name -> module, and what it does
     "train": ("benchmarks.train.cli", "train a small restoration model"),

@@ -1,7 +1,8 @@
 """What the command lines share. What is wrong with the input is one line on stderr and exit code 2."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,6 +11,15 @@ Number = TypeVar("Number", int, float)
 
 class BadInput(ValueError):
     """A command was asked for what it cannot do; the message says why, in one line."""
+
+
+@contextmanager
+def files_named() -> Iterator[None]:
+    """What the operating system refuses is BadInput that names the file."""
+    try:
+        yield
+    except OSError as problem:
+        raise BadInput(f"{problem.filename}: {problem.strerror}" if problem.filename else str(problem)) from problem
 
 
 def positive(kind: Callable[[str], Number]) -> Callable[[str], Number]:

@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.aot.cases import cases_of, random_shapes, standard_shapes
 from benchmarks.aot.machine_code import Resources, missing_tools, resident_warps, resources
 from benchmarks.options import BadInput, needs_compiled_kernels, new_file, positive, several
+from benchmarks.report.table import fitted
 
 TARGETS = {  # name of the launch tables -> what triton.compile takes
     "sm_80": ("cuda", 80, 32),
@@ -178,23 +179,21 @@ def compile_all(work: list[Job], processes: int, errors: Console) -> list[Compil
     return [found[index] for index in range(len(work))]
 
 
-def make_table(found: list[Compiled]) -> Table:
-    columns = ["kernel", "first case (of how many)", "GPU", "configuration", "regs", "spilled B", "shared B", "warps"]
-    columns += ["matrix instr.", "s"]
-    table = Table(title="kernels as compiled", title_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i > 3 else "left", overflow="fold", no_wrap=i in (2, 4, 5, 6, 7, 9))
+def make_table(found: list[Compiled], console: Console) -> Table:
+    header = ["kernel", "GPU", "regs", "spilled B", "shared B", "warps", "first case (of how many)", "configuration"]
+    header += ["matrix instr.", "s"]
+    lines = []
     for one in found:
         label = one.labels[0] + (f" ({len(one.labels)})" if len(one.labels) > 1 else "")
         config = " ".join(f"{name.removeprefix('num_')} {value}" for name, value in one.config.items())
-        cells = ["", "", "", "", f"[red]{one.error}[/red]"]
+        measured, matrix = ["", "", "", "[red]–[/red]"], ""
         if r := one.resources:
             registers, spilled = ("–" if n is None else str(n) for n in (r.registers, r.spilled_bytes))
             matrix = "–" if r.matrix is None else " ".join(f"{n} {c}" for n, c in r.matrix.items())
             spilled = f"[red]{spilled}[/red]" if one.spills else spilled
-            cells = [registers, spilled, str(r.shared_bytes), str(one.warps or "[red]does not fit[/red]"), matrix]
-        table.add_row(one.kernel, label, one.architecture, config, *cells, f"{one.seconds:.1f}")
-    return table
+            measured = [registers, spilled, str(r.shared_bytes), str(one.warps or "[red]none[/red]")]
+        lines.append([one.kernel, one.architecture, *measured, label, config, matrix, f"{one.seconds:.1f}"])
+    return fitted(header, lines, console, "kernels as compiled")
 
 
 def fault(one: Compiled, tolerated: int) -> str:
@@ -253,7 +252,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as cache:  # what Triton has in its cache would take no time
         os.environ["TRITON_CACHE_DIR"] = cache
         found = compile_all(work, options.jobs, errors)
-    console.print(make_table(found))
+    console.print(make_table(found, console))
     for note in missing_tools():
         print(note)
     if options.json:

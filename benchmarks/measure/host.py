@@ -14,9 +14,9 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.options import needs_compiled_kernels
+from benchmarks.report.table import fitted
 
 ROUNDS, CALLS = 1000, 3  # the shorter a round, the likelier one that nothing interrupts
 
@@ -138,14 +138,13 @@ def main(arguments: list[str]) -> int:
     ).parse_args(arguments)
     needs_compiled_kernels()
     torch.set_num_threads(1)
-    table = Table(title="host time, µs (launches)", title_justify="left", header_style="bold")
-    for column in ("operation", "inference", "forward", "forward + backward", "a launch"):
-        table.add_column(column, justify="left" if column == "operation" else "right")
+    console, lines = Console(highlight=False), []
     for name, (function, leaves) in calls().items():
         found = measure(function, leaves)
         cells = [f"{found[k]:.0f} ({found[f'launches, {k}']})" for k in ("inference", "forward", "forward + backward")]
-        table.add_row(name, *cells, f"{found['µs a launch, forward + backward']:.1f}")
-    Console().print(table)
+        lines.append([name, *cells, f"{found['µs a launch, forward + backward']:.1f}"])
+    header = ["operation", "inference", "forward", "forward + backward", "a launch"]
+    console.print(fitted(header, lines, console, "host time, µs (launches)"))
     x = torch.randn(64, requires_grad=True)
     empty = microseconds(lambda: torch.empty(64))
     product = microseconds(lambda: torch.autograd.grad(x * 2.0, x, x))

@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import fastblocks
 from benchmarks import original, workloads
 from benchmarks.measure.host import as_on_a_gpu
 from benchmarks.options import needs_compiled_kernels
+from benchmarks.report.table import fitted
 
 NAMES = ("att-time-block", "att-long-block", "rnn-time-block", "rnn-time-lstm-block", "model-roformer", "model-rnn")
 
@@ -50,9 +50,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--size", choices=("full", "cpu", "toy"), default="cpu", help="full needs 20 GB")
     size = parser.parse_args(arguments).size
     needs_compiled_kernels()
-    table = Table(title="kept for backward, MB", title_justify="left", header_style="bold")
-    for column in ("workload", "shape", "original", "fastblocks", "of the original"):
-        table.add_column(column, justify="left" if column in ("workload", "shape") else "right")
+    lines = []
     for workload in (w for w in workloads.all_workloads(size) if w.name in NAMES):
         torch.manual_seed(0)
         modules = [workload.build(kit) for kit in (original, fastblocks)]
@@ -62,6 +60,7 @@ def main(arguments: list[str]) -> int:
         with as_on_a_gpu(lambda *launched: None):
             after = kept_bytes(ours, *inputs)
         cells = f"{before / 1e6:.1f}", f"{after / 1e6:.1f}", f"{100 * after / before:.0f} %"
-        table.add_row(workload.name, workload.shape, *cells)
-    Console().print(table)
+        lines.append([workload.name, *cells, workload.shape])
+    console, header = Console(), ["workload", "original", "fastblocks", "of the original", "shape"]
+    console.print(fitted(header, lines, console, "kept for backward, MB"))
     return 0

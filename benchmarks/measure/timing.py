@@ -1,13 +1,19 @@
 """Time and memory of two or more providers, sample by sample in turn."""
 
 import gc
+import os
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import quantiles
 
 import torch
 
 Run = Callable[[], object]
+# What the profiler has to say where a tensor older than it is released; that is none of the run's own memory.
+OLDER_BLOCK = b"Memory block of unknown size"
 LEAST, MAX_SAMPLES = 2, 50
 
 
@@ -85,7 +91,8 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     # PyTorch's CPU allocator keeps no peak; its profiler reports every allocation and release in order
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _stderr_without(OLDER_BLOCK), torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         result = run()
     del result
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -94,3 +101,20 @@ def peak_bytes(run: Run, device: torch.device) -> int:
         current += event.nbytes()
         peak = max(peak, current)
     return peak
+
+
+@contextmanager
+def _stderr_without(message: bytes) -> Iterator[None]:
+    """Lines with `message` do not reach stderr, whoever writes them; other lines do, at the end."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as said:
+        stderr = os.dup(2)
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            said.seek(0)
+            os.write(2, b"".join(line for line in said if message not in line))

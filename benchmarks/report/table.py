@@ -5,8 +5,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table, box
+from rich.text import Text
 
 from benchmarks.report.units import digits
 
@@ -106,17 +108,41 @@ def markdown(rows: list[dict]) -> str:
     return note + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
-def show(rows: list[dict]) -> None:
-    """Print what fits 80 columns, and below it why somebody has no time."""
-    header, lines, note = summary(rows, everything=False)
-    table = Table(caption=note, caption_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+def fitted(header: list[str], lines: list[list[str]], console: Console, title: str | None = None) -> Table:
+    """A table of as many columns, from the left, as fit the console whole; its caption names the others.
+
+    Args:
+        header: of the columns; the first is left-aligned, the others are right-aligned.
+        lines: cells, with Rich's markup; an empty line draws a gap.
+        console: where it will be printed.
+        title: above the table.
+    """
+    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.pad_edge, room = False, console.width - 1  # both edges and the gaps take a character each
     for i, name in enumerate(header):
+        room -= 1 + max(cell_len(name), *(cell_len(Text.from_markup(line[i]).plain) for line in lines if line))
+        if room < 0:
+            table.caption = f"left out, {console.width} characters are too few: {', '.join(header[i:])}"
+            break
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
-    for _, family in groupby(lines, key=lambda cells: cells[0].partition("-")[0]):
-        for cells in family:
-            table.add_row(*(colour(cell) if "×" in header[i] else cell for i, cell in enumerate(cells)))
-        table.add_section()
-    Console(highlight=False).print(table)
+    for line in lines:
+        if line:
+            table.add_row(*line[: len(table.columns)])
+        else:
+            table.add_section()
+    return table
+
+
+def show(rows: list[dict]) -> None:
+    """Print what fits the terminal, or 80 columns, and below it why somebody has no time."""
+    header, lines, note = summary(rows, everything=False)
+    cells: list[list[str]] = []
+    for _, family in groupby(lines, key=lambda line: line[0].partition("-")[0]):
+        cells += [[colour(cell) if "×" in header[i] else cell for i, cell in enumerate(line)] for line in family]
+        cells.append([])
+    console = Console(highlight=False)
+    console.print(fitted(header, cells, console))
+    console.print(note)
     for row in rows:
         if "refused" in row and row["provider"] in (BASELINE, OURS):
             print(f"{row['workload']} {row['dtype']} {row['mode']}, {row['provider']}: {row['refused']}")

@@ -11,6 +11,8 @@ from benchmarks.options import BadInput
 
 AUDIO = Path(__file__).parents[1] / "audio"
 HELD_OUT_SECONDS = 1.0
+SILENT_DB = -60.0  # a second that is softer than its recording by more than this says nothing about a model
+CANCELLED_DB = -80.0  # a mix-down that is softer than its channels by more than this
 GAIN_DB = 6.0  # every training example is made louder or softer by up to this much, its two parts independently
 
 
@@ -27,9 +29,8 @@ def read_recordings(source: Path) -> list[Recording]:
     """Read a wav file, or all wav files of a folder, mixed down to mono.
 
     Raises:
-        BadInput: if there is nothing to read, a file is no audio, or it is silent.
+        BadInput: if there is nothing to read, or a file is no audio, empty, silent, not finite, or its channels cancel.
     """
-    source = Path(source)
     if not source.exists():
         raise BadInput(f"{source} does not exist")
     paths = sorted(p for p in source.iterdir() if p.suffix.lower() == ".wav") if source.is_dir() else [source]
@@ -40,12 +41,31 @@ def read_recordings(source: Path) -> list[Recording]:
         try:
             samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as problem:
+            if path.is_file() and not path.stat().st_size:
+                raise BadInput(f"{path} is empty: it holds no byte") from problem
             raise BadInput(f"{path} cannot be read as audio: {problem.error_string}") from problem
-        mono = torch.from_numpy(samples).mean(dim=1)
-        if not mono.isfinite().all() or not mono.any():
-            raise BadInput(f"{path} is silent or holds values that are not finite")
-        recordings.append(Recording(path, mono, rate))
+        if problem := useless(torch.from_numpy(samples)):
+            raise BadInput(f"{path} {problem}")
+        recordings.append(Recording(path, torch.from_numpy(samples).mean(dim=1), rate))
     return recordings
+
+
+def useless(samples: Tensor) -> str:
+    """Why nothing can be learnt from a file's samples (length, channels); an empty string if something can."""
+    if not len(samples):
+        return "is empty: it holds no sample"
+    if bad := int((~samples.isfinite()).sum()):
+        return f"holds {bad} values that are not finite"
+    if not samples.any():
+        return "is silent: every sample is 0"
+    if power(samples.mean(dim=1)) <= 10 ** (CANCELLED_DB / 10) * power(samples):
+        return "has channels out of phase: they cancel when mixed down to mono"
+    return ""
+
+
+def power(samples: Tensor) -> float:
+    """The mean square."""
+    return float(samples.double().square().mean())
 
 
 class Mixtures:
@@ -97,6 +117,15 @@ class Mixtures:
         target = torch.stack([recording.samples[-self.held_out :] for recording in self.targets])
         others = [self.others[i % len(self.others)].samples[-self.held_out :] for i in range(len(self.targets))]
         return target + torch.stack(others), target
+
+    def silent(self) -> list[list[Path]]:
+        """For each pair of `judged`, the files whose held-out second is silent; without one it can be scored."""
+        pairs = [(target, self.others[i % len(self.others)]) for i, target in enumerate(self.targets)]
+        return [[r.path for r in pair if self._is_silent(r.samples)] for pair in pairs]
+
+    def _is_silent(self, samples: Tensor) -> bool:
+        held_out = samples[-self.held_out :]
+        return power(held_out - held_out.mean()) <= 10 ** (SILENT_DB / 10) * power(samples)
 
 
 def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:

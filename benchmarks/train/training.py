@@ -1,13 +1,16 @@
 """A restoration model in training with its discriminator: one step, one judgement, one checkpoint."""
 
+import io
 import os
-from dataclasses import asdict, dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.options import BadInput
 from benchmarks.report.files import whole
 from benchmarks.train import losses, models
 from benchmarks.train.clips import Mixtures, si_sdr
@@ -33,7 +36,10 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What has to stay the same for a run to be continued."""
+    """What a run was started with, and is continued with; a part of its checkpoint.
+
+    `steps` or `minutes` says when it ends, of all its parts together; the other one is None.
+    """
 
     model: str = "roformer"
     discriminator: str = "frequency"
@@ -42,6 +48,17 @@ class Settings:
     seed: int = 0
     batch: int = 2
     crop_seconds: float = 0.75
+    backend: str = "auto"
+    steps: int | None = 200
+    minutes: float | None = None
+    threads: int | None = None
+    checkpoint_seconds: float = 30.0
+
+
+CHANGEABLE = {"steps", "minutes", "threads", "checkpoint_seconds"}  # a continued run may be given others
+CONTENTS = {
+    "settings", "step", "seconds", "rows", "model", "critic", "optimizers", "random", "torch_random"
+}  # fmt: skip
 
 
 @dataclass
@@ -58,6 +75,7 @@ class Training:
     kit: ModuleType
     device: torch.device
     step: int = 0
+    seconds: float = 0.0  # spent in training
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self):
@@ -65,6 +83,7 @@ class Training:
         torch.manual_seed(settings.seed)
         self.random = torch.Generator().manual_seed(settings.seed)
         self.clips = Mixtures(Path(settings.target), Path(settings.other), settings.crop_seconds)
+        self.scored = torch.tensor([not silent for silent in self.clips.silent()])
         rate = self.clips.sample_rate
         self.model = SMALL[settings.model](self.kit, rate).to(self.device)
         make = DISCRIMINATORS[settings.discriminator]
@@ -72,6 +91,12 @@ class Training:
         self.optimizers = [torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, betas=(0.8, 0.99))]
         if self.critic:
             self.optimizers.append(torch.optim.AdamW(self.critic.parameters(), LEARNING_RATE / 4, betas=(0.5, 0.9)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        steps, minutes = self.settings.steps, self.settings.minutes
+        return self.step >= steps if steps else self.seconds >= 60 * minutes
 
     def learning_rate_factor(self) -> float:
         """Depends on the step alone, so that a run can be continued past its end."""
@@ -105,11 +130,15 @@ class Training:
         restored = torch.cat([self.model(one[None].to(self.device)).cpu() for one in mixture])
         return mixture, restored, target
 
-    def judge(self) -> float:
-        """SI-SDR in dB on the held-out seconds, the mean over pairs; noted in the last row."""
+    def score(self, estimate: Tensor, target: Tensor) -> float | None:
+        """SI-SDR in dB of the held-out seconds, the mean over pairs that are not silent; None if all are."""
+        return float(si_sdr(estimate, target)[self.scored].mean()) if self.scored.any() else None
+
+    def judge(self) -> float | None:
+        """The score of what the model restores; noted in the last row."""
         _, restored, target = self.restore_held_out()
-        value = float(si_sdr(restored, target).mean())
-        if self.rows:
+        value = self.score(restored, target)
+        if self.rows and value is not None:
             self.rows[-1]["si_sdr"] = value
         return value
 
@@ -118,6 +147,7 @@ class Training:
         state = {
             "settings": asdict(self.settings),
             "step": self.step,
+            "seconds": self.seconds,
             "rows": self.rows,
             "model": self.model.state_dict(),
             "critic": self.critic.state_dict() if self.critic else None,
@@ -131,12 +161,49 @@ class Training:
             os.fsync(file.fileno())
 
     def load(self, state: dict) -> None:
-        """Continue from what `save` wrote."""
-        self.step, self.rows = state["step"], state["rows"]
-        self.model.load_state_dict(state["model"])
-        if self.critic:
-            self.critic.load_state_dict(state["critic"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.random.set_state(state["random"])
-        torch.set_rng_state(state["torch_random"])
+        """Continue from what `read_checkpoint` found.
+
+        Raises:
+            BadInput: if it is of another structure than the model or its discriminator.
+        """
+        try:
+            self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+            self.model.load_state_dict(state["model"])
+            if self.critic:
+                self.critic.load_state_dict(state["critic"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.random.set_state(state["random"])
+            torch.set_rng_state(state["torch_random"])
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+            raise BadInput(f"the checkpoint is of another structure: {one_line(problem)}") from problem
+
+
+def read_checkpoint(path: Path) -> dict:
+    """What `Training.save` wrote. Every part of it has a checksum, which `torch.load` does not look at.
+
+    Raises:
+        BadInput: if it is damaged, no checkpoint, or one of another version.
+    """
+    data = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            damaged = archive.testzip()
+        state = None if damaged else torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as problem:  # the unpickler raises whatever it stumbles over
+        raise BadInput(f"{path} cannot be read as a checkpoint: {one_line(problem)}") from problem
+    if damaged:
+        raise BadInput(f"{path} is damaged: the checksum of its part {damaged} is wrong")
+    known = {one.name for one in fields(Settings)}
+    settings = state.get("settings") if isinstance(state, dict) and state.keys() == CONTENTS else None
+    if not isinstance(settings, dict) or settings.keys() != known:
+        raise BadInput(f"{path} is of another structure than a checkpoint of this version")
+    for name, choices in (("model", SMALL), ("discriminator", DISCRIMINATORS)):
+        if settings[name] not in choices:
+            raise BadInput(f"{path} has the {name} {settings[name]!r}, which is none of {', '.join(choices)}")
+    return state
+
+
+def one_line(problem: Exception) -> str:
+    """Its type and the beginning of its message."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"

@@ -32,6 +32,7 @@ class Adapter:
         adopt: moves what is no parameter and no persistent buffer: called with the original and its replacement.
         changes: how the replacement computes something else on purpose; it is not compared then.
         new_keys: keys of its state_dict that the original does not have.
+        fixed: parameters that keep their values in the comparison.
     """
 
     block: type[nn.Module]
@@ -41,6 +42,7 @@ class Adapter:
     adopt: Callable[[nn.Module, nn.Module], None] = lambda original, replacement: None
     changes: str = ""
     new_keys: frozenset[str] = frozenset()
+    fixed: frozenset[str] = frozenset()
 
 
 class Block:

@@ -116,9 +116,12 @@ def _other_signature(original: nn.Module, replacement: nn.Module, calls: list[Ca
     return ""
 
 
-def compare(original: nn.Module, replacement: nn.Module, calls: list[Call]) -> float:
+def compare(
+    original: nn.Module, replacement: nn.Module, calls: list[Call], fixed: frozenset[str] = frozenset()
+) -> float:
     """Run both in float64 on the CPU with the same random weights and inputs: training mode with gradients of the
-    input at the first of SCALES, evaluation mode at the second.
+    input at the first of SCALES, evaluation mode at the second. Parameters named `fixed` keep their values; dropout
+    draws the same numbers in both.
 
     The original is copied; the replacement is used up: its parameters and buffers are left as they came out.
 
@@ -137,7 +140,7 @@ def compare(original: nn.Module, replacement: nn.Module, calls: list[Call]) -> f
     replacement.double().requires_grad_(False)
     worst = 0.0
     for train, (weights, biases, inputs) in zip((True, False), SCALES, strict=True):
-        _randomize(twin, weights, biases)
+        _randomize(twin, weights, biases, fixed)
         replacement.load_state_dict(twin.state_dict())
         for call in calls:
             theirs = _run("the original", twin.train(train), call, inputs)
@@ -168,9 +171,11 @@ def _twin(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).cpu().double().requires_grad_(False)
 
 
-def _randomize(module: nn.Module, weights: float, biases: float) -> None:
+def _randomize(module: nn.Module, weights: float, biases: float, fixed: frozenset[str]) -> None:
     generator = torch.Generator("cpu").manual_seed(0)
     for name, parameter in module.named_parameters():
+        if name in fixed:
+            continue
         value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         if name.rpartition(".")[2].startswith("bias"):
             value *= biases
@@ -186,6 +191,7 @@ def _run(who: str, module: nn.Module, call: Call, scale: float) -> list[Tensor]:
     method, shape, *further = call
     generator = torch.Generator("cpu").manual_seed(1)
     x = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_(module.training)
+    torch.default_generator.manual_seed(1)  # and no GPU's: those numbers are the caller's
     run = module if method == "forward" else getattr(module, method)  # as a module, so that spectral norm's hooks run
     try:
         outputs = list(_tensors(run(x, *further)))

@@ -164,7 +164,9 @@ def _replacement(adapter: Adapter, block: Block, check: bool) -> tuple[nn.Module
         if adapter.changes:
             return replacement, adapter.changes
         adapter.adopt(block.module, replacement)
-        how = f"agrees to {compare(block.module, replacement, calls):.0e}" if check else "not compared"
+        how = "not compared"
+        if check:
+            how = f"agrees to {compare(block.module, replacement, calls, adapter.fixed):.0e}"
         _empty(replacement)
     return replacement, how
 

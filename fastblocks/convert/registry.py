@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fastblocks.convert import msrkit, vocos
+from fastblocks.convert import bs_roformer, msrkit, timm, vocos
 from fastblocks.convert.adapter import Adapter
 
-FAMILIES = (msrkit, vocos)
+FAMILIES = (msrkit, bs_roformer, timm, vocos)
 ADAPTERS: dict[str, list[Adapter]] = {}
 for _family in FAMILIES:
     for _name, _adapters in _family.ADAPTERS.items():

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -101,6 +102,18 @@ def test_peak_bytes_counts_what_lives_at_one_time():
         return b * 2  # b and the product
 
     assert 8e6 <= peak_bytes(run, CPU) < 8.1e6
+
+
+def test_the_profiler_does_not_tell_of_older_memory(capfd):
+    """Whatever the log level is: it tells of the first such block and of every 1000th after it."""
+    older = [torch.ones(100) for _ in range(2000)]
+
+    def run():
+        older.clear()
+        os.write(2, b"kept\n")
+
+    assert peak_bytes(run, CPU) == 0
+    assert [line for line in capfd.readouterr().err.splitlines() if "profiler_st" not in line] == ["kept"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the defaults are others")

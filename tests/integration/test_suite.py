@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import fastblocks
 from benchmarks import providers as provide
 from benchmarks import workloads
 from benchmarks.__main__ import main
-from benchmarks.aot import tuning
+from benchmarks.aot import compiling, tuning
 from benchmarks.aot.machine_code import Resources, resident_warps
-from benchmarks.measure import floor, suite
+from benchmarks.measure import floor, host, suite
 from benchmarks.measure.error import errors
 from benchmarks.report import files, plots, table
 
@@ -161,6 +162,62 @@ def test_table_of_rivals_graphs_floors_and_refusals():
     header, (first, _), _ = table.summary(rows, everything=False)
     assert header == ["workload", *("forward ms", "×", "× rival"), *("training ms", "×", "× rival")]
     assert first == ["a", *("4.00→2.00", "2.00", "1.50") * 2]
+
+
+def test_tables_on_a_terminal_lose_columns_and_no_characters(capsys):
+    """Of every workload in two dtypes, with rivals and the longest figures."""
+    figures = {"median": 1.234567, "floor_ratio": None, "peak_bytes": 1.23e9, "error": 1e-7, "shape": "s"}
+    rows = [
+        {"workload": w.name, "mode": mode, "dtype": dtype, "provider": provider} | figures
+        for w in workloads.all_workloads("full")
+        for dtype in ("bf16", "fp16-long")
+        for mode in workloads.MODES
+        for provider in ("baseline", "fastblocks", "flex")
+    ]
+    for chosen in (rows, [row for row in rows if row["provider"] != "flex"]):
+        table.show(chosen)
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+        assert ("left out" in out) == (chosen is not rows)
+        assert all(f"{row['workload']} {row['dtype']} " in out for row in chosen)
+        assert "1230→1230" in out and "1.00" in out
+
+
+def test_table_of_compiled_kernels_fits_80_columns():
+    found = compiling.Compiled("o", "k" * 30, ["case"], "sm_90", {"num_warps": 4}, 1.0, Resources(9, 0, 0, {}), 8)
+    console = Console(width=80, record=True)
+    console.print(compiling.make_table([found], console))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80 and "k" * 30 in text and "…" not in text
+
+
+def test_host_table_fits_80_columns(capsys, monkeypatch):
+    found = {"inference": 1234.0, "forward": 1234.0, "forward + backward": 12345.0}
+    found |= {f"{what}, {name}": 12 for name in tuple(found) for what in ("launches", "µs a launch")}
+    monkeypatch.setattr(host, "measure", lambda function, leaves: found)
+    monkeypatch.setattr(host, "needs_compiled_kernels", lambda: None)
+    monkeypatch.setattr(host, "microseconds", lambda function: 1.0)
+    threads = torch.get_num_threads()
+    assert main(["host"]) == 0
+    torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    assert "depthwise_conv_layer_norm " in out and "rope_attention, window, registers " in out
+
+
+def test_bars_of_speedups_start_at_1(tmp_path, monkeypatch):
+    """A bar's length says how much faster or slower: both ways from 1, on a logarithmic axis."""
+    rows = [
+        {"workload": name, "mode": "forward", "dtype": "fp32", "provider": provider, "median": median}
+        for name, ours in (("a", 0.5), ("b", 2.0))
+        for provider, median in (("baseline", 1.0), ("fastblocks", ours))
+    ]
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, *_: drawn.append(figure))
+    plots.speedups(tmp_path / "x.svg", {"rows": rows})
+    (axis,) = drawn[0].axes
+    assert [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in axis.patches] == [[1, 2], [0.5, 1]]
+    assert axis.get_xscale() == "log" and [text.get_text() for text in axis.texts] == ["2.00", "0.50"]
 
 
 def test_work_and_floor():
