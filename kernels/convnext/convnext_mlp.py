@@ -125,9 +125,9 @@ def _grad_activation_kernel(
         offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         pre = load_matrix(pre_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
         grad = load_matrix(grad_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
-        hidden, grad_pre = mlp.activate_backward(pre, grad, EXACT)
+        grad_pre = grad * mlp.slope(pre, EXACT)
         total += grad_pre
-        store_matrix(hidden_ptr, hidden, offs_m, offs_f, n_rows, F)
+        store_matrix(hidden_ptr, mlp.activate(pre, EXACT), offs_m, offs_f, n_rows, F)
         store_matrix(grad_ptr, grad_pre, offs_m, offs_f, n_rows, F)
     tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=offs_f < F)
 
