@@ -35,7 +35,7 @@ __all__ = ["convnext_mlp", "unsupported_reason"]
 # Most channels for which hidden units stay on the chip. Bytes: 10C per position instead of 54C; at 128 channels the
 # products still take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
 FUSED_CHANNELS = 128
-FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients spill registers in every configuration tried
+FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients keep a tenth of the tensor cores busy: a prediction
 
 
 @triton.jit

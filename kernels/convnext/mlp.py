@@ -25,7 +25,6 @@ from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
-
 # The approximation is a polynomial up to |x| = CLAMP and constant beyond.
 CLAMP = tl.constexpr(4.5)
 
@@ -114,10 +113,12 @@ def _mlp_forward_kernel(
     x_ptr += (batch * S + start_s) * C  # tiles of 64-bit offsets would cost two registers an element
     x = load_matrix(x_ptr, offs_m, offs_c, S - start_s, C)  # [BLOCK_M, BLOCK_C]
     y = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
+    bias1 = load_vector(bias1_ptr, tl.arange(0, BLOCK_F), F)
     for start in range(0, F, BLOCK_F):
         offs_f = start + tl.arange(0, BLOCK_F)
-        pre = dot(x, load_transposed(weight1_ptr, offs_f, offs_c, F, C), "ieee")
-        pre += load_vector(bias1_ptr, offs_f, F)[None, :]
+        next_bias1 = load_vector(bias1_ptr, offs_f + BLOCK_F, F)
+        pre = dot(x, load_transposed(weight1_ptr, offs_f, offs_c, F, C), "ieee") + bias1[None, :]
+        bias1 = next_bias1
         hidden = round_to(activate(pre, EXACT), x.dtype)
         y = dot(hidden, load_transposed(weight2_ptr, offs_o, offs_f, C_OUT, F), "ieee", y)
     y += load_vector(bias2_ptr, offs_o, C_OUT)[None, :]
@@ -169,10 +170,13 @@ def _mlp_grad_x_kernel(
     mask = (offs_m < S - start_s)[:, None] & (offs_o < C_OUT)[None, :]
     grad_y = round_to(tl.load(ptrs, mask=mask, other=0.0), x.dtype)  # [BLOCK_M, BLOCK_O]
     grad_x = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    bias1 = load_vector(bias1_ptr, tl.arange(0, BLOCK_F), F)
     for start in range(0, F, BLOCK_F):
         offs_f = start + tl.arange(0, BLOCK_F)
+        next_bias1 = load_vector(bias1_ptr, offs_f + BLOCK_F, F)
         weight1 = load_matrix(weight1_ptr, offs_f, offs_c, F, C)
-        pre = dot(x, tl.trans(weight1), "ieee") + load_vector(bias1_ptr, offs_f, F)[None, :]
+        pre = dot(x, tl.trans(weight1), "ieee") + bias1[None, :]
+        bias1 = next_bias1
         grad_hidden = dot(grad_y, load_matrix(weight2_ptr, offs_o, offs_f, C_OUT, F), "ieee")
         grad_pre = round_to(grad_hidden * slope(pre, EXACT), x.dtype)
         grad_x = dot(grad_pre, weight1, "ieee", grad_x)
@@ -251,8 +255,8 @@ def _shared(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> dict:
     }  # fmt: skip
 
 
-def _config(which: str, x: Tensor, weight2: Tensor) -> LaunchConfig:
-    return table.mlp(runtime.architecture(x.device), which, x.shape[1], weight2.shape[0], x.element_size())
+def _config(x: Tensor, weight2: Tensor) -> LaunchConfig:
+    return table.mlp(x.shape[1], weight2.shape[0], x.element_size())
 
 
 def fused_forward(
@@ -266,7 +270,7 @@ def fused_forward(
 ) -> None:
     """Fills y (B, C_out, S) by strides, like the residual, from x (N, C); x and the weights in one dtype."""
     batch, c_out, positions = y.shape
-    config = _config("forward", x, weight2)
+    config = _config(x, weight2)
     blocks_s = cdiv(positions, config["BLOCK_M"])
     spans = [c_out * tensor.stride(1) for tensor in (y, residual) if tensor is not None]
     launch(
@@ -305,19 +309,25 @@ def fused_backward(
         "INDEX_INT64": c_out * grad_y.stride(1) >= 2**31,
     }
     if grad_x is not None:
-        config = _config("grad_x", x, weight2)
+        config = _config(x, weight2)
         blocks_s = cdiv(positions, config["BLOCK_M"])
         grid = (batch * blocks_s,)
         launch(_mlp_grad_x_kernel, grid, config, like=x, grad_x_ptr=grad_x, blocks_s=blocks_s, **shared)
     if grads is not None:
-        config = _config("grad_weight", x, weight2)
+        config, splits = table.mlp_grad_weight(
+            runtime.architecture(x.device),
+            runtime.sm_count(x.device),
+            batch=batch,
+            positions=positions,
+            channels=x.shape[1],
+            hidden=weight1.shape[0],
+            c_out=c_out,
+        )
         blocks_s = cdiv(positions, config["BLOCK_M"])
-        chunks = cdiv(weight1.shape[0], config["BLOCK_F"])
-        splits = max(1, min(batch * blocks_s, runtime.sm_count(x.device) // chunks))
         partial = torch.empty((splits, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
         launch(
             _mlp_grad_weight_kernel,
-            (chunks, splits),
+            (cdiv(weight1.shape[0], config["BLOCK_F"]), splits),
             config,
             like=x,
             partial_ptr=partial,
