@@ -3,7 +3,10 @@
 from functools import cache
 
 from fastblocks.kernels.launch import LaunchConfig, config
-from fastblocks.kernels.runtime import power_of_two
+from fastblocks.kernels.runtime import cdiv, power_of_two
+
+# Tensor cores take operands from shared memory; others want them in registers.
+OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
 
 
 @cache
@@ -93,22 +96,37 @@ def sum_splits(channels: int) -> LaunchConfig:
 
 
 @cache
-def mlp(architecture: str, which: str, channels: int, c_out: int, itemsize: int) -> LaunchConfig:
-    """The fused MLP: the largest tiles that spill on neither sm_80 nor sm_90 (64 and 128 channels, 16 bits).
+def mlp(channels: int, c_out: int, itemsize: int) -> LaunchConfig:
+    """The fused MLP, forward and gradient of x.
 
-    Weights' gradients hold chunks of both weights as operands and both gradients as accumulators: 32 × 32 takes 168-241
-    registers at 64 channels, 64 rows or hidden units spill there, and everything does at 128. Not timed.
+    64 positions are one warpgroup's product, and make enough programs: 128 leave a second wave of few. The bytes that
+    bind are the weights', which every program reads from L2: three stages keep two chunks on their way, and up to 32
+    channels, where 6 or 7 programs per SM hide that latency, one. 4-byte inputs take 8 warps, for registers, and two
+    stages, for shared memory. Predicted, not timed.
     """
     block_c, block_o = (max(16, power_of_two(c)) for c in (channels, c_out))
-    wide = max(block_c, block_o) >= 128 or itemsize == 4
-    blocks = {"BLOCK_C": block_c, "BLOCK_O": block_o}
-    if which == "forward":
-        if wide:
-            return config(8, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
-        return config(4, 2, BLOCK_M=128, BLOCK_F=64, **blocks)
-    if which == "grad_x":
-        return config(8 if wide else 4, 2, BLOCK_M=64, BLOCK_F=32, **blocks)
-    return config(4, 1, BLOCK_M=32, BLOCK_F=32, **blocks)
+    warps, stages = (8, 2) if itemsize == 4 else (4, 1 if max(block_c, block_o) <= 32 else 3)
+    return config(warps, stages, BLOCK_M=64, BLOCK_F=32, BLOCK_C=block_c, BLOCK_O=block_o)
+
+
+@cache
+def mlp_grad_weight(
+    architecture: str, sm_count: int, *, batch: int, positions: int, channels: int, hidden: int, c_out: int
+) -> tuple[LaunchConfig, int]:
+    """The fused MLP's weights' gradients, and how many splits share the positions.
+
+    A program holds a chunk of both weights as operands and of both gradients as accumulators. A chunk of 64 hidden
+    units halves the passes over x and dy; it takes 137 and 244 registers per thread at 32 and 64 channels where tensor
+    cores read operands from shared memory, and spills elsewhere. 32 take at most 168, and three programs fit an SM.
+    Positions come 32 at a time, the next ones while these are multiplied; 64 take 229 registers and are not faster.
+    Predicted, not timed.
+    """
+    block_c, block_o = (max(16, power_of_two(c)) for c in (channels, c_out))
+    wide = architecture in OPERANDS_IN_SHARED_MEMORY and max(block_c, block_o) <= 64
+    found = config(4, 2, BLOCK_M=32, BLOCK_F=64 if wide else 32, BLOCK_C=block_c, BLOCK_O=block_o)
+    programs = sm_count * (2 if wide and max(block_c, block_o) > 32 else 3)
+    tiles = batch * cdiv(positions, found["BLOCK_M"])
+    return found, max(1, min(tiles, programs // cdiv(hidden, found["BLOCK_F"])))
 
 
 @cache

@@ -35,7 +35,7 @@ __all__ = ["convnext_mlp", "unsupported_reason"]
 # Most channels for which hidden units stay on the chip. Bytes: 10C per position instead of 54C; at 128 channels the
 # products still take less time than those bytes did, at 256 the library's products are predicted to win. Not timed.
 FUSED_CHANNELS = 128
-FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients spill registers in every configuration tried
+FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients keep a tenth of the tensor cores busy: a prediction
 
 
 @triton.jit
@@ -125,9 +125,9 @@ def _grad_activation_kernel(
         offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         pre = load_matrix(pre_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
         grad = load_matrix(grad_ptr, offs_m, offs_f, n_rows, F).to(tl.float32)
-        hidden, grad_pre = mlp.activate_backward(pre, grad, EXACT)
+        grad_pre = grad * mlp.slope(pre, EXACT)
         total += grad_pre
-        store_matrix(hidden_ptr, hidden, offs_m, offs_f, n_rows, F)
+        store_matrix(hidden_ptr, mlp.activate(pre, EXACT), offs_m, offs_f, n_rows, F)
         store_matrix(grad_ptr, grad_pre, offs_m, offs_f, n_rows, F)
     tl.store(partial_ptr + tl.program_id(0) * F + offs_f, tl.sum(total, axis=0), mask=offs_f < F)
 
