@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
+    FAR,
     LOG2_E,
     load_rotated,
     load_rows,
+    near,
     program_of,
     register_arguments,
     register_keys,
@@ -76,14 +78,15 @@ def _start(i, low, before, interior, BLOCK: tl.constexpr, INTERIOR: tl.constexpr
 
 @triton.jit
 def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys of an online softmax: m, total, acc are the running maximum, sum and output. s [queries, keys]
-    and m are unscaled, so that the difference of two large scores is rounded once; `scale` includes log2(e)."""
-    m_new = tl.maximum(m, tl.max(s, 1))
+    """One block of keys of an online softmax: m, total, acc are the running maximum, sum and output; s [queries, keys] is
+    unscaled. m is scaled, by a `scale` that includes log2(e): s · scale − m is one fused multiply-add, and the rounding
+    of m is the same in every term of the softmax."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
     base = m_new
     if MASKED:
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a visible key so far
-    p = tl.exp2((s - base[:, None]) * scale)
-    shrink = tl.exp2((m - base) * scale)
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(m - base)
     acc = acc * shrink[:, None] + dot(round_to(p, v.dtype), v, PRECISION)
     return m_new, total * shrink + tl.sum(p, 1), acc
 
@@ -108,11 +111,10 @@ def _key_block(
 @triton.jit
 def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
     """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n."""
-    mask = (offs_n < n_tokens)[None, :]
     if HAS_WINDOW:
-        distance = offs_m[:, None] - offs_n[None, :]
-        mask = mask & (distance <= half_window) & (distance >= -half_window)
-    return mask
+        return near(offs_m, tl.where(offs_n < n_tokens, offs_n, FAR), half_window)
+    else:
+        return (offs_n < n_tokens)[None, :]
 
 
 @triton.jit
@@ -174,7 +176,7 @@ def _long_forward_kernel(
     store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
         lse_ptr += pid_bh.to(tl.int64) * n_tokens
-        tl.store(lse_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
+        tl.store(lse_ptr + offs_m, m + tl.log2(total), mask=offs_m < n_tokens)
 
 
 @triton.jit
