@@ -85,6 +85,7 @@ class Operator:
         self.gradients = gradients or self._like_arguments
         self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
         self.saved = [[r.name for r in returns].index(kept) for kept in saved]
+        self._has_one_result = len(returns) == 1
         self._node = _node_of(self)
 
         inputs = schema[1 : schema.index(") ->")].split(", ")[:-1]
@@ -108,7 +109,7 @@ class Operator:
     def __call__(self, *arguments) -> tuple[Tensor | None, ...]:
         """Returns the caller's results, without those that are kept for a backward pass."""
         if self._is_watched(arguments):
-            return self._forward_op(*arguments, False)[: self.results]
+            return self._dispatch(*arguments, False)[: self.results]
         if self._needs_gradients(arguments):
             return self._node.apply(False, *arguments)
         return self._run(*arguments, False)[: self.results]
@@ -138,22 +139,30 @@ class Operator:
             arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
         )
 
-    # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None
+    # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None. One
+    # ---- with a single result returns that, not a tuple.
+
+    def _dispatch(self, *arguments) -> tuple[Tensor, ...]:
+        results = self._forward_op(*arguments)
+        return (results,) if self._has_one_result else results
+
+    def _only(self, results: tuple[Tensor, ...]):
+        return results[0] if self._has_one_result else results
 
     def _filled(self, results, arguments) -> tuple[Tensor, ...]:
         like = arguments[self.tensors[0]]
         return tuple(like.new_empty(0) if result is None else result for result in results)
 
-    def _as_operator(self, *arguments) -> tuple[Tensor, ...]:
-        return self._filled(self._run(*arguments), arguments)
+    def _as_operator(self, *arguments):
+        return self._only(self._filled(self._run(*arguments), arguments))
 
-    def _fake(self, *arguments) -> tuple[Tensor, ...]:
-        return self._filled(self.outputs(*arguments), arguments)
+    def _fake(self, *arguments):
+        return self._only(self._filled(self.outputs(*arguments), arguments))
 
-    def _differentiable(self, *arguments) -> tuple[Tensor, ...]:
+    def _differentiable(self, *arguments):
         """The operator at the dispatcher's key "Autograd"."""
         if self._needs_gradients(arguments):
-            return self._node.apply(True, *arguments[:-1])
+            return self._only(self._node.apply(True, *arguments[:-1]))
         with torch._C._AutoDispatchBelowAutograd():  # keep may be True: in a graph traced with its backward
             return self._forward_op(*arguments)
 
@@ -187,8 +196,8 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     def forward(ctx, watched, *arguments):
         if watched:
             with torch._C._AutoDispatchBelowAutograd():
-                results = returned = operator._forward_op(*arguments, True)
-            absent = [result for result in results[:n_results] if result.dim() == 1]
+                results = returned = operator._dispatch(*arguments, True)
+            absent = [result for result in results[:n_results] if _absent_as_none(result) is None]
             ctx.mark_non_differentiable(*results[n_results:], *absent)
         else:
             results = operator._run(*arguments, True)

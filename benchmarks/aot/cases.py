@@ -32,6 +32,14 @@ CONVNEXT = {"cnx-1d": (16, 512, 1000)} | {  # B, C, sizes
     f"cnx-2d C {channels}": (4, channels, height, width)
     for channels, height, width in ((32, 282, 64), (64, 141, 32), (128, 71, 16), (256, 36, 8))
 }
+BLOCKS = {  # B, T, C, heads, registers
+    "att-freq": (1128, 64, 128, 4, 0),
+    "C 64": (1128, 64, 64, 2, 0),
+    "C 24": (16, 70, 24, 2, 3),
+    "C 96": (16, 70, 96, 3, 3),
+    "C 512": (4, 282, 512, 8, 4),
+}
+ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
 
@@ -72,6 +80,11 @@ def _mlp(dtype, batch: int, channels: int, hidden: int, c_out: int, sizes: list,
     return empty(batch, *sizes, channels, dtype=dtype), *first, *second, residual, dtype
 
 
+def _swiglu_mlp(dtype, n: int, channels: int, hidden: int, c_out: int):
+    sizes = (n, channels), (hidden, channels), (hidden, channels), (c_out, hidden)
+    return *(empty(*size, dtype=dtype) for size in sizes), dtype
+
+
 # ---- the standard workloads
 
 
@@ -103,7 +116,58 @@ def convnext_mlp() -> Iterator[tuple[str, Arguments]]:
         yield f"{name} {element}", _mlp(dtype, batch, channels, 4 * channels, channels, sizes, True)
 
 
-PRODUCTS = ("rope_attention", "grouped_rnn")  # operators whose kernels make float32 products
+def rms_norm() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product((ROWS | {"16384": (512, 16384)}).items(), DTYPES.items()):
+        yield f"rows-norm-{name} {element}", (empty(n, c, dtype=dtype), empty(c), 1e-6)
+
+
+def swiglu() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product(ROWS.items(), DTYPES.items()):
+        f = int(8 * c / 3)
+        yield f"rows-swiglu-{name} {element}", (empty(n, f, dtype=dtype), empty(n, f, dtype=dtype))
+
+
+def swiglu_mlp() -> Iterator[tuple[str, Arguments]]:
+    for (name, (n, c)), (element, dtype) in product(ROWS.items(), DTYPES.items()):
+        yield f"rows-mlp-{name} {element}", _swiglu_mlp(dtype, n, c, int(8 * c / 3), c)
+
+
+def roformer_block() -> Iterator[tuple[str, Arguments]]:
+    for name, (batch, tokens, channels, heads, registers) in BLOCKS.items():
+        for label, stream, dtype in (
+            ("autocast", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+            ("fp32", torch.float32, torch.float32),
+        ):  # fmt: skip
+            tensors = _of_roformer_block(batch, tokens, channels, stream, torch.float32)
+            rope = empty(registers + tokens, channels // heads // 2, 2)
+            memory = empty(1, registers, channels, dtype=stream) if registers else None
+            yield f"block {name} {label}", (*tensors, rope, heads, -1, memory, registers > 0, 1e-6, 1e-6, dtype)
+
+
+def rnn_block() -> Iterator[tuple[str, Arguments]]:
+    for channels, groups in ((128, 8), (64, 8)):
+        for label, stream, dtype in (
+            ("autocast", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+        ):  # fmt: skip
+            arguments = _of_rnn_block(256, 282, channels, groups, stream)
+            yield f"block rnn-time C {channels} {label}", (*arguments, 1e-6, 1e-6, dtype)
+
+
+def _of_rnn_block(batch: int, length: int, channels: int, groups: int, stream: torch.dtype) -> Arguments:
+    hidden, units = int(8 * channels / 3), channels // groups
+    sizes = [(2, 1, groups, 3 * units, units)] * 2 + [(hidden, channels)] * 2 + [(channels, hidden)]
+    weights = (empty(*size) for size in (*sizes, (channels,), (channels,)))
+    return empty(batch, length, channels, dtype=stream), *weights
+
+
+def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dtype, dtype: torch.dtype) -> Arguments:
+    hidden = int(8 * channels / 3)
+    sizes = [(3 * channels, channels), (channels, channels), (hidden, channels), (hidden, channels)]
+    weights = (empty(*size, dtype=dtype) for size in (*sizes, (channels, hidden), (channels,), (channels,)))
+    return empty(batch, tokens, channels, dtype=stream), *weights
+
+
+PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
 
 
 @dataclass(frozen=True)
@@ -167,11 +231,56 @@ def odd_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     return label, _mlp(dtype, 2, channels, hidden, c_out, sizes, added)
 
 
+def odd_rms_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, scale = draw.randint(1, draw.choice((64, 1024, 16384))), draw.choice((dtype, torch.float32))
+    x, scale = empty(draw.randint(1, 5000), channels, dtype=dtype), empty(channels, dtype=scale)
+    return f"{tuple(x.shape)} scale {str(scale.dtype).removeprefix('torch.')}", (x, scale, 1e-6)
+
+
+def odd_swiglu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    rows, columns = draw.randint(1, 5000), draw.randint(1, draw.choice((64, 1024, 5000)))
+    if draw.random() < 0.5:  # halves of one tensor
+        both = empty(rows, 2 * columns, dtype=dtype)
+        return f"{rows} × {columns} halves", (both[:, :columns], both[:, columns:])
+    return f"{rows} × {columns}", (empty(rows, columns, dtype=dtype), empty(rows, columns, dtype=dtype))
+
+
+def odd_swiglu_mlp(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    channels, hidden, c_out = (draw.randint(1, draw.choice((32, 128, 600))) for _ in range(3))
+    return f"{channels} -> {hidden} -> {c_out}", _swiglu_mlp(dtype, draw.randint(1, 5000), channels, hidden, c_out)
+
+
+def odd_roformer_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    heads, head_dim = draw.randint(1, 4), 2 * draw.randint(4, draw.choice((16, 64)))
+    channels, tokens, registers = heads * head_dim, draw.randint(1, 400), draw.choice((0, draw.randint(1, 16)))
+    stream = draw.choice((dtype, torch.float32))
+    tensors = _of_roformer_block(draw.randint(1, 4), tokens, channels, stream, torch.float32)
+    rope, memory = empty(registers + tokens, head_dim // 2, 2), None
+    if registers:
+        memory = empty(1, registers, channels, dtype=stream)
+    window, out = draw.choice((-1, draw.randint(1, 300))), registers > 0 and draw.random() < 0.5
+    label = f"block T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * out}"
+    return label, (*tensors, rope, heads, window, memory, out, 1e-6, 1e-6, dtype)
+
+
+def odd_rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    groups = draw.randint(1, 8)
+    channels = groups * draw.randint(1, draw.choice((8, 32)))
+    stream = draw.choice((dtype, torch.float32))
+    arguments = _of_rnn_block(draw.randint(1, 20), draw.randint(1, 400), channels, groups, stream)
+    return f"block C {channels} groups {groups}", (*arguments, 1e-6, 1e-6, dtype)
+
+
 OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard workloads, what draws one at random
     "rope_attention": (attention, odd_attention),
     "grouped_rnn": (recurrent, odd_recurrent),
     "depthwise_conv_layer_norm": (depthwise_conv_layer_norm, odd_depthwise),
     "convnext_mlp": (convnext_mlp, odd_mlp),
+    "rms_norm": (rms_norm, odd_rms_norm),
+    "swiglu": (swiglu, odd_swiglu),
+    "swiglu_mlp": (swiglu_mlp, odd_swiglu_mlp),
+    "roformer_block": (roformer_block, odd_roformer_block),
+    "rnn_block": (rnn_block, odd_rnn_block),
 }
 
 

@@ -33,6 +33,15 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     x, w, u, v = leaves((2, 3, 16), (1, 2, 24, 8), (1, 2, 24, 8), (1, 2, 32, 8))
     image, kernel, bias, norm = leaves((1, 8, 6, 6), (8, 1, 3, 3), (8,), (8,))
     rows, w1, b1, w2, b2, residual = leaves((1, 6, 6, 8), (32, 8), (32,), (8, 32), (8,), (1, 8, 6, 6))
+    norm_rows, scale, gate, up, down = leaves((6, 8), (8,), (21, 8), (21, 8), (8, 21))
+    block, rnn = (
+        [t.detach().bfloat16().requires_grad_() for t in leaves(*sizes, *mlp_sizes)]
+        for mlp_sizes in [((42, 16), (42, 16), (16, 42), (16,), (16,))]
+        for sizes in (
+            ((2, 20, 16), (48, 16), (16, 16)),
+            ((2, 3, 16), (2, 1, 2, 24, 8), (2, 1, 2, 24, 8)),
+        )
+    )
     depthwise, mlp = [image, kernel, bias, norm], [rows, w1, b1, w2, b2]
     window = {"window": 32, "register_qkv": registers}
     return {
@@ -46,6 +55,11 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
             lambda: F.depthwise_conv_layer_norm(*depthwise, bias, stride=(1, 1)), depthwise
         ),
         "convnext_mlp": (lambda: F.convnext_mlp(*mlp, residual=residual), [*mlp, residual]),
+        "rms_norm": (lambda: F.rms_norm(norm_rows, scale), [norm_rows, scale]),
+        "swiglu": (lambda: F.swiglu(gate, up), [gate, up]),
+        "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),
+        "roformer_block": (lambda: F.roformer_block(*block, rope, 2), block),
+        "rnn_block": (lambda: F.rnn_block(*rnn), rnn),
     }  # fmt: skip
 
 

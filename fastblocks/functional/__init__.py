@@ -7,6 +7,7 @@ float64; the statistics of norms, softmax and recurrent states are kept in float
 
 from fastblocks.functional.attention import rope_attention, rope_table
 from fastblocks.functional.bands import band_split, band_unsplit
+from fastblocks.functional.blocks import rnn_block, roformer_block
 from fastblocks.functional.convnext import convnext_mlp, depthwise_conv_layer_norm
 from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
 from fastblocks.functional.rows import rms_norm, swiglu, swiglu_mlp
@@ -20,6 +21,8 @@ __all__ = [
     "grouped_gru",
     "grouped_lstm",
     "rms_norm",
+    "rnn_block",
+    "roformer_block",
     "rope_attention",
     "rope_table",
     "spectral_norm",

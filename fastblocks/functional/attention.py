@@ -80,28 +80,36 @@ def rope_attention(
             lambda: f"rope_attention: register_qkv must be ({batch} or 1, R, {width}), got {shape(register_qkv)}",
         )
         registers = register_qkv.shape[1]
-    require(window == -1 or window > 0, lambda: f"rope_attention: window must be positive, or -1 for all, got {window}")
     require(
         not return_registers or registers > 0,
         lambda: "rope_attention: return_registers=True, but there are no registers",
     )
-    half = width // (6 * n_head)
-    require(
-        rope.dim() == 3 and shape(rope)[1:] == (half, 2) and rope.shape[0] >= registers + length,
-        lambda: (
-            f"rope_attention: {registers} registers and {length} tokens need a rope table of at least "
-            f"({registers + length}, {half}, 2), got {shape(rope)}"
-        ),
-    )
+    check_positions("rope_attention", rope, width // (3 * n_head), length, registers, window)
     if registers == 0:
         register_qkv = None
-    if window >= 2 * length - 2 > 0:
-        window = -1  # the window covers the whole sequence
-
+    window = seen_window(window, length)
     require_floating("rope_attention", qkv=qkv, rope=rope, register_qkv=register_qkv)
     return run(
         "rope_attention", _kernels, eager.rope_attention, qkv, rope, n_head, window, register_qkv, return_registers
     )
+
+
+def check_positions(operation: str, rope: Tensor, head_dim: int, length: int, registers: int, window: int) -> None:
+    """Raise a ValueError unless the table holds all positions and the window is one."""
+    require(window == -1 or window > 0, lambda: f"{operation}: window must be positive, or -1 for all, got {window}")
+    half = head_dim // 2
+    require(
+        rope.dim() == 3 and shape(rope)[1:] == (half, 2) and rope.shape[0] >= registers + length,
+        lambda: (
+            f"{operation}: {registers} registers and {length} tokens need a rope table of at least "
+            f"({registers + length}, {half}, 2), got {shape(rope)}"
+        ),
+    )
+
+
+def seen_window(window: int, length: int) -> int:
+    """The window, or -1 where it covers the whole sequence."""
+    return -1 if window >= 2 * length - 2 > 0 else window
 
 
 def _kernels() -> ModuleType:

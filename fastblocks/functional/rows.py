@@ -1,5 +1,7 @@
 """Operations on rows of channels: RMSNorm and SwiGLU."""
 
+from types import ModuleType
+
 from torch import Tensor
 
 from fastblocks.eager import rows as eager
@@ -27,7 +29,13 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
         lambda: f"rms_norm: scale must have the shape of x's last dimension, got x {shape(x)} and scale {shape(scale)}",
     )
     require_floating("rms_norm", x=x, scale=scale)
-    return run("rms_norm", None, eager.rms_norm, x, scale, eps)
+
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.rows import rms_norm
+
+        return rms_norm
+
+    return run("rms_norm", kernels, eager.rms_norm, x, scale, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -46,7 +54,13 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     require(gate.shape == up.shape, lambda: f"swiglu: gate {shape(gate)} and up {shape(up)} must have one shape")
     require_floating("swiglu", gate=gate, up=up)
-    return run("swiglu", None, eager.swiglu, gate, up)
+
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.rows import swiglu
+
+        return swiglu
+
+    return run("swiglu", kernels, eager.swiglu, gate, up)
 
 
 def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
@@ -78,4 +92,10 @@ def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: T
         ),
     )
     require_floating("swiglu_mlp", x=x, weight_gate=weight_gate, weight_up=weight_up, weight_down=weight_down)
-    return run("swiglu_mlp", None, eager.swiglu_mlp, x, weight_gate, weight_up, weight_down)
+
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.rows import swiglu_mlp
+
+        return swiglu_mlp
+
+    return run("swiglu_mlp", kernels, eager.swiglu_mlp, x, weight_gate, weight_up, weight_down)

@@ -61,18 +61,11 @@ class AttentionRegisterRoFormerBlock(PlainRoFormerBlock):
         """
         self._check(x)
         memory = self._memory(x, registers)
-        if memory is None:
-            if return_registers:
-                raise ValueError("return_registers=True, but num_register_tokens is 0")
-            x = x + self.att(self.att_norm(x), window=self.window_size)
-            return x + self.mlp(self.ffn_norm(x))
-        x = x.to(torch.promote_types(x.dtype, memory.dtype))  # as if concatenated to one sequence
-        out = self.att(self.att_norm(x), self.att_norm(memory), self.window_size, return_registers)
-        if not return_registers:
-            x = x + out
-            return x + self.mlp(self.ffn_norm(x))
-        x, memory = x + out[0], memory + out[1]
-        return x + self.mlp(self.ffn_norm(x)), memory + self.mlp(self.ffn_norm(memory))
+        if memory is None and return_registers:
+            raise ValueError("return_registers=True, but num_register_tokens is 0")
+        if memory is not None:
+            x = x.to(torch.promote_types(x.dtype, memory.dtype))  # as if concatenated to one sequence
+        return self._run(x, memory, self.window_size, return_registers)
 
     def _memory(self, x: Tensor, carried: Tensor | None) -> Tensor | None:
         """The registers that stand before x: (B, R, C), or (1, R, C) where they are this block's own; None if R = 0."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.generator._layers import RMSNorm, SwiGLU, may_fuse, require_channels_last_dim
+from fastblocks.generator._layers import RMSNorm, SwiGLU, may_fuse, plain_mlp, require_channels_last_dim
 
 State = Tensor | tuple[Tensor, Tensor]
 GATES = {"gru": 3, "lstm": 4}
@@ -31,7 +31,7 @@ class GroupParameters(nn.Module):
         gates = GATES[rnn_type]
         bound = 1 / math.sqrt(hidden)
         for layer in range(n_layer):
-            for suffix in ("", "_reverse") if bidirectional else ("",):
+            for suffix in _suffixes(self):
                 for name, columns in (("weight_ih", width), ("weight_hh", hidden)):
                     weight = nn.Parameter(torch.empty(gates * hidden, columns).uniform_(-bound, bound))
                     self.register_parameter(f"{name}_l{layer}{suffix}", weight)
@@ -41,12 +41,25 @@ class GroupParameters(nn.Module):
         return _run([self], x, state)
 
 
+def _suffixes(group: GroupParameters) -> tuple[str, ...]:
+    """What the parameters' names end in, a direction each."""
+    return ("", "_reverse") if group.bidirectional else ("",)
+
+
+def _weights(groups: Sequence[GroupParameters], name: str) -> Tensor:
+    """The weights of all layers, directions and groups: (L, N, G, rows, columns)."""
+    suffixes, layers = _suffixes(groups[0]), range(groups[0].n_layer)
+    names = [f"{name}_l{layer}{suffix}" for layer in layers for suffix in suffixes]
+    weights = torch.stack([getattr(group, name) for name in names for group in groups])
+    return weights.unflatten(0, (len(layers), len(suffixes), -1))
+
+
 def _run(groups: Sequence[GroupParameters], x: Tensor, state: State | None) -> tuple[Tensor, State]:
     """All layers of groups of one kind: x (B, T, G·I) -> (B, T, G·N·H) and the state, as GroupedRNN takes it."""
     first = groups[0]
     lstm = first.rnn_type == "lstm"
     recurrence = functional.grouped_lstm if lstm else functional.grouped_gru
-    suffixes = ("", "_reverse") if first.bidirectional else ("",)
+    suffixes = _suffixes(first)
 
     def stacked(name: str) -> Tensor:
         """The weights of all directions and groups: (N, G, rows, columns)."""
@@ -172,5 +185,21 @@ class RNNBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         require_channels_last_dim(x, self.rnn.n_embd, "RNNBlock")
+        if self._is_plain():
+            groups, mlp = self.rnn.rnns, self.mlp
+            return functional.rnn_block(
+                x, _weights(groups, "weight_ih"), _weights(groups, "weight_hh"), mlp.c_fc1.weight, mlp.c_fc2.weight,
+                mlp.c_proj.weight, self.rnn_norm.scale, self.ffn_norm.scale, eps_rnn=self.rnn_norm.eps,
+                eps_mlp=self.ffn_norm.eps,
+            )  # fmt: skip
         x = x + self.rnn(self.rnn_norm(x))
         return x + self.mlp(self.ffn_norm(x))
+
+    def _is_plain(self) -> bool:
+        children = {"rnn_norm": RMSNorm, "rnn": GroupedRNN, "ffn_norm": RMSNorm, "mlp": SwiGLU}
+        return (
+            may_fuse("rnn_block", self, **children)
+            and may_fuse("rnn_block", self.rnn, rnns=nn.ModuleList)
+            and may_fuse("rnn_block", self.rnn.rnns, **dict.fromkeys(self.rnn.rnns._modules, GroupParameters))
+            and plain_mlp("rnn_block", self.mlp)
+        )

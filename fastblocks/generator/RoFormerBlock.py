@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.generator._layers import RMSNorm, SwiGLU, require_channels_last_dim
+from fastblocks.generator._layers import RMSNorm, SwiGLU, may_fuse, plain_mlp, require_channels_last_dim
 
 
 class RoFormerAttention(nn.Module):
@@ -108,5 +108,34 @@ class RoFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
-        x = x + self.att(self.att_norm(x))
-        return x + self.mlp(self.ffn_norm(x))
+        return self._run(x, None, -1, False)
+
+    def _run(
+        self, x: Tensor, registers: Tensor | None, window: int, return_registers: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The block on tokens (B, T, C) and the registers (1 or B, R, C) before them."""
+        if self._is_plain():
+            att, mlp = self.att, self.mlp
+            return functional.roformer_block(
+                x, att.c_attn.weight, att.c_proj.weight, mlp.c_fc1.weight, mlp.c_fc2.weight, mlp.c_proj.weight,
+                self.att_norm.scale, self.ffn_norm.scale, att._rope_on(x.device), att.n_head, window=window,
+                registers=registers, return_registers=return_registers, eps_attention=self.att_norm.eps,
+                eps_mlp=self.ffn_norm.eps,
+            )  # fmt: skip
+        if registers is None:
+            out = self.att(self.att_norm(x), **({} if window == -1 else {"window": window}))
+        else:
+            out = self.att(self.att_norm(x), self.att_norm(registers), window, return_registers)
+        if not return_registers:
+            x = x + out
+            return x + self.mlp(self.ffn_norm(x))
+        x, registers = x + out[0], registers + out[1]
+        return x + self.mlp(self.ffn_norm(x)), registers + self.mlp(self.ffn_norm(registers))
+
+    def _is_plain(self) -> bool:
+        children = {"att_norm": RMSNorm, "att": RoFormerAttention, "ffn_norm": RMSNorm, "mlp": SwiGLU}
+        return (
+            may_fuse("roformer_block", self, **children)
+            and may_fuse("roformer_block", self.att, c_attn=nn.Linear, c_proj=nn.Linear, bias=False)
+            and plain_mlp("roformer_block", self.mlp)
+        )

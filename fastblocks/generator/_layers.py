@@ -42,9 +42,14 @@ class SwiGLU(nn.Module):
         self.c_proj = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if may_fuse("swiglu_mlp", self, c_fc1=nn.Linear, c_fc2=nn.Linear, c_proj=nn.Linear, bias=False):
+        if plain_mlp("swiglu_mlp", self):
             return functional.swiglu_mlp(x, self.c_fc1.weight, self.c_fc2.weight, self.c_proj.weight)
         return self.c_proj(functional.swiglu(self.c_fc1(x), self.c_fc2(x)))
+
+
+def plain_mlp(operation: str, mlp: SwiGLU) -> bool:
+    """True if an operation may read the layer's weights; `explain` hears of a layer that it may not."""
+    return may_fuse(operation, mlp, c_fc1=nn.Linear, c_fc2=nn.Linear, c_proj=nn.Linear, bias=False)
 
 
 def may_fuse(operation: str, parent: nn.Module, *, bias: bool | None = None, **children: type[nn.Module]) -> bool:

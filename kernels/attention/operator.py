@@ -33,20 +33,26 @@ def unsupported_reason(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> str:
     """Why these kernels do not take a call; an empty string if they do."""
-    head_dim = qkv.shape[2] // (3 * n_head)
+    n_registers = 0 if register_qkv is None else register_qkv.shape[1]
+    reason = unsupported_head(qkv.shape[2] // (3 * n_head), n_registers, rope, qkv.device)
+    if reason:
+        return reason
+    if register_qkv is not None and (register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device):
+        found = f"{register_qkv.dtype} on {register_qkv.device}"
+        return f"the register tokens are {found}, the tokens {qkv.dtype} on {qkv.device}"
+    return ""
+
+
+def unsupported_head(head_dim: int, n_registers: int, rope: Tensor, device: torch.device) -> str:
+    """Why these kernels take no heads of this size, so many register tokens, or this table; or an empty string."""
     if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
         return f"the head size is {head_dim}, the kernel takes {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    if rope.dtype != torch.float32 or rope.device != qkv.device:
-        return f"the rope table is {rope.dtype} on {rope.device}, the kernel needs float32 on {qkv.device}"
+    if rope.dtype != torch.float32 or rope.device != device:
+        return f"the rope table is {rope.dtype} on {rope.device}, the kernel needs float32 on {device}"
     if rope.requires_grad:
         return "the rope table wants a gradient"
-    if register_qkv is not None:
-        if register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device:
-            found = f"{register_qkv.dtype} on {register_qkv.device}"
-            return f"the register tokens are {found}, the tokens {qkv.dtype} on {qkv.device}"
-        n_registers, most = register_qkv.shape[1], most_registers(head_dim, runtime.architecture(qkv.device))
-        if n_registers > most:
-            return f"{n_registers} register tokens of head size {head_dim}, the kernel takes {most}"
+    if n_registers and n_registers > (most := most_registers(head_dim, runtime.architecture(device))):
+        return f"{n_registers} register tokens of head size {head_dim}, the kernel takes {most}"
     return ""
 
 
@@ -121,7 +127,7 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     return grad_qkv, None, grad_register
 
 
-_operator = Operator(
+OPERATOR = Operator(
     "rope_attention",
     "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, bool keep) "
     "-> (Tensor out, Tensor register_out, Tensor lse)",
@@ -138,5 +144,5 @@ def rope_attention(
     qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fastblocks.functional.rope_attention`, for arguments that `unsupported_reason` accepts."""
-    out, register_out = _operator(qkv, rope, n_head, window, register_qkv, return_registers)
+    out, register_out = OPERATOR(qkv, rope, n_head, window, register_qkv, return_registers)
     return (out, register_out) if return_registers else out

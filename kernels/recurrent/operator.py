@@ -74,7 +74,7 @@ def grouped_gru(
     keep_gates: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(x)
-    y, h, _ = _operator(x, weight_ih, weight_hh, bias_ih, bias_hh, state, None, dtype, keep_gates)
+    y, h, _ = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, state, None, dtype, keep_gates)
     return y, h
 
 
@@ -89,7 +89,7 @@ def grouped_lstm(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     h_first, c_first = (None, None) if state is None else state
     dtype = compute_dtype(x)
-    y, h, c = _operator(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates)
+    y, h, c = OPERATOR(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype, keep_gates)
     return y, (h, c)
 
 
@@ -122,7 +122,7 @@ def _formula(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first, c_first, dtype,
     return eager.grouped_gru(x, weight_ih, weight_hh, bias_ih, bias_hh, h_first)
 
 
-_operator = Operator(
+OPERATOR = Operator(
     "grouped_rnn",
     "(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? h_first, "
     "Tensor? c_first, ScalarType dtype, bool? keep_gates, bool keep) -> "

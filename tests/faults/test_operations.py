@@ -10,7 +10,7 @@ import torch
 from fastblocks import backend, functional
 from fastblocks.functional.convnext import conv_output_size
 from tests.compare import relative_error
-from tests.reference import attention, convnext, recurrent
+from tests.reference import attention, blocks, convnext, recurrent, rows
 
 pytestmark = pytest.mark.usefixtures("poison")  # also what an operation allocates below the dispatcher
 
@@ -261,3 +261,163 @@ def test_mlp(name, dtype):
         leaves,
         dtype,
     )
+
+
+# ---- rms_norm, swiglu, swiglu_mlp ------------------------------------------------------------------------------------
+
+ROWS = {"aligned": (37, 24), "odd": (5, 341), "whole lines of odd rows": (16, 21), "one row": (1, 100)}
+
+
+def every(cases, dtypes=DTYPES):
+    return pytest.mark.parametrize(
+        ("name", "dtype"),
+        [(name, dtype) for dtype in dtypes for name in cases],
+        ids=lambda value: value if isinstance(value, str) else dtype_name(value),
+    )
+
+
+@every(ROWS)
+def test_rms_norm(name, dtype):
+    n, c = ROWS[name]
+    leaves = {"x": torch.randn(n, c), "scale": torch.randn(c)}
+    operation = lambda x, scale: (functional.rms_norm(x, scale, 0.1),)  # noqa: E731
+    check(operation, lambda x, scale: (rows.rms_norm(x, scale, 0.1),), leaves, dtype)
+
+
+@every(ROWS)
+def test_swiglu(name, dtype):
+    leaves = {"gate": torch.randn(ROWS[name]), "up": torch.randn(ROWS[name])}
+    check(lambda **tensors: (functional.swiglu(**tensors),), lambda **t: (rows.swiglu(**t),), leaves, dtype)
+
+
+@every(ROWS, DTYPES[:1])
+def test_halves_of_one_product(name, dtype):
+    n, f = ROWS[name]
+    check(
+        lambda both: (functional.swiglu(*both.chunk(2, -1)),),
+        lambda both: (rows.swiglu(*both.chunk(2, -1)),),
+        {"both": torch.randn(n, 2 * f)},
+        dtype,
+    )
+
+
+@every({"odd": (), "aligned": ()})
+def test_swiglu_mlp(name, dtype):
+    n, c, f, out = (37, 24, 21, 5) if name == "odd" else (17, 16, 32, 16)
+    sizes = {"weight_gate": (f, c), "weight_up": (f, c), "weight_down": (out, f)}
+    leaves = {"x": torch.randn(n, c)} | {key: torch.randn(size) / size[1] ** 0.5 for key, size in sizes.items()}
+    check(lambda **tensors: (functional.swiglu_mlp(**tensors),), lambda **t: (rows.swiglu_mlp(**t),), leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sum_normalized_and_its_gradient(name, dtype):
+    """What blocks launch: an addend, a residual's gradient, and gradients in place."""
+    from fastblocks.kernels.rows import rms_norm
+
+    n, c = ROWS[name]
+    x, addend, grad = torch.randn(3, n, c).to("cuda", dtype).unbind()
+    x, addend, grad = x.clone(), addend.clone(), grad.clone()  # each at the end of its own allocation
+    total, out, grad_x = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    rstd = torch.empty(n, device="cuda")
+    rms_norm.forward(x, None, 0.1, out, rstd, addend, total)
+    wide = total.double().requires_grad_()
+    exact = rows.rms_norm(wide, torch.ones(c, device="cuda", dtype=torch.float64), 0.1)
+    torch.autograd.backward([exact], [grad.double()])
+    want = wide.grad + grad.double()
+    rms_norm.backward(grad, out, rstd, None, grad_x, kept_is_normalized=True, grad_residual=grad)
+    rms_norm.backward(grad, total, rstd, None, grad, kept_is_normalized=False, grad_residual=grad)
+    for got, right in ((out, exact), (grad_x, want), (grad, want)):
+        assert relative_error(got, right) < ALLOWED[dtype]
+
+
+# ---- roformer_block, rnn_block ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def without_inline_sigmoid(monkeypatch):
+    from fastblocks.kernels.blocks import mlp
+
+    assert mlp.hardware_sigmoid(torch.empty(0, device="cuda"))
+    monkeypatch.setattr(mlp, "HARDWARE_SIGMOID", False)
+
+
+# B, T, C, heads, registers, shared, registers out. 16 bits are fused: up to 128 channels forward, up to 64 backward.
+BLOCKS = {
+    "8 channels": (2, 9, 8, 1, 0, False, False),
+    "24 channels, registers": (2, 35, 24, 1, 3, True, True),
+    "64 channels": (1, 67, 64, 2, 0, False, False),
+    "96 channels, registers": (1, 35, 96, 3, 2, False, True),
+    "136 channels": (1, 5, 136, 4, 0, False, False),
+}
+
+
+def block_leaves(case):
+    batch, tokens, channels, _, registers, shared, _ = case
+    hidden = int(8 * channels / 3)
+    leaves = {
+        "x": torch.randn(batch, tokens, channels),
+        "weight_qkv": torch.randn(3 * channels, channels) / channels**0.5,
+        "weight_out": torch.randn(channels, channels) / channels**0.5,
+        **mlp_leaves(channels, hidden),
+        "scale_attention": torch.rand(channels) + 0.5,
+    }
+    if registers:
+        leaves["registers"] = torch.randn(1 if shared else batch, registers, channels)
+    return leaves
+
+
+def mlp_leaves(channels, hidden):
+    gate, up = (torch.randn(2, hidden, channels) / channels**0.5).unbind()
+    down = torch.randn(channels, hidden) / hidden**0.5
+    return {"weight_gate": gate, "weight_up": up, "weight_down": down, "scale_mlp": torch.rand(channels) + 0.5}
+
+
+@every(BLOCKS)
+def test_roformer_block(name, dtype, without_inline_sigmoid):
+    _, tokens, channels, heads, registers, _, registers_out = BLOCKS[name]
+    rope = functional.rope_table(registers + tokens, channels // heads).to("cuda")
+
+    def operation(**tensors):
+        results = functional.roformer_block(rope=rope, n_head=heads, return_registers=registers_out, **tensors)
+        return results if registers_out else (results,)
+
+    def reference(**tensors):
+        return blocks.roformer_block_of(rope=rope, n_head=heads, **tensors)[: 1 + registers_out]
+
+    check(operation, reference, block_leaves(BLOCKS[name]), dtype)
+
+
+def test_a_float32_stream_around_products_in_16_bits(without_inline_sigmoid):
+    """As under autocast, which the checker's device does not have."""
+    from fastblocks.kernels.blocks.roformer_block import OPERATOR
+
+    _, tokens, channels, heads, *_ = BLOCKS["24 channels, registers"]
+    rope = functional.rope_table(3 + tokens, channels // heads).to("cuda")
+    leaves = {key: t.to("cuda").requires_grad_() for key, t in block_leaves(BLOCKS["24 channels, registers"]).items()}
+    order = ("x", "weight_qkv", "weight_out", "weight_gate", "weight_up", "weight_down", "scale_attention", "scale_mlp")
+    tensors = [leaves[key] for key in order]
+    results = OPERATOR(*tensors, rope, heads, -1, leaves["registers"], True, 1e-6, 1e-6, torch.bfloat16)[:2]
+    grads = [torch.randn_like(result) for result in results]
+    torch.autograd.backward(results, grads)
+    wide = {key: t.detach().double().requires_grad_() for key, t in leaves.items()}
+    exact = blocks.roformer_block_of(rope=rope, n_head=heads, **wide)
+    torch.autograd.backward(exact, [grad.double() for grad in grads])
+    for got, want in zip(results, exact, strict=True):
+        assert got.dtype == torch.float32 and relative_error(got, want) < ALLOWED[torch.bfloat16]
+    for key, leaf in leaves.items():
+        assert relative_error(leaf.grad, wide[key].grad) < ALLOWED[torch.bfloat16], key
+
+
+# B, T, C, G, layers, gates
+RNN_BLOCKS = {"24 channels": (3, 4, 24, 2, 2, 3), "80 channels, projection apart": (2, 3, 80, 2, 1, 4)}
+
+
+@every(RNN_BLOCKS)
+def test_rnn_block(name, dtype, without_inline_assembly, without_inline_sigmoid):
+    batch, length, channels, groups, layers, gates = RNN_BLOCKS[name]
+    units = channels // groups
+    weights = torch.randn(2, layers, 1, groups, gates * units, units) / units**0.5
+    leaves = {"x": torch.randn(batch, length, channels), "weight_ih": weights[0], "weight_hh": weights[1]}
+    leaves |= mlp_leaves(channels, int(8 * channels / 3)) | {"scale_rnn": torch.rand(channels) + 0.5}
+    check(lambda **t: (functional.rnn_block(**t),), lambda **t: (blocks.rnn_block_of(**t),), leaves, dtype)

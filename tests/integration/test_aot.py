@@ -175,14 +175,20 @@ RECORDED = """
 import torch
 from benchmarks.aot import cases
 
-shapes = cases.random_shapes(24, seed=5)
+shapes = cases.random_shapes(6 * len(cases.OPERATORS), seed=5)
 for operator in cases.OPERATORS:
     ours = [shape for shape in shapes if shape.operator == operator]
     assert len(ours) == 6 and len(list(cases.cases_of(ours, "sm_90"))) > len(ours), operator
 products = [shape for shape in cases.random_shapes(200, seed=0) if shape.tf32]
 assert products and all(shape.arguments[0].dtype == torch.float32 for shape in products)
-precisions = {case.constants.get("PRECISION") for case in cases.cases_of(products[:8], "sm_90")}
-assert precisions == {"tf32", None}, precisions
+
+def precisions(shapes):
+    return {case.constants.get("PRECISION") for case in cases.cases_of(shapes, "sm_90")}
+
+for operator in cases.PRODUCTS:  # attention has sizes that stay exact
+    assert "tf32" in precisions([shape for shape in products if shape.operator == operator][:4]), operator
+exact = [shape for shape in shapes if shape.operator in cases.PRODUCTS and not shape.tf32]
+assert precisions(exact) == {"ieee", None}, precisions(exact)
 assert torch.get_float32_matmul_precision() == "highest"
 print("done")
 """

@@ -15,6 +15,17 @@ CALLS = {
     "rms_norm": (F.rms_norm, [ones(2, 8), ones(8)], {}),
     "swiglu": (F.swiglu, [ones(2, 8), ones(2, 8)], {}),
     "swiglu_mlp": (F.swiglu_mlp, [ones(2, 8), ones(4, 8), ones(4, 8), ones(8, 4)], {}),
+    "rnn_block": (
+        F.rnn_block,
+        [ones(1, 4, 6), ones(1, 1, 2, 9, 3), ones(1, 1, 2, 9, 3), ones(4, 6), ones(4, 6), ones(6, 4), ones(6), ones(6)],
+        {},
+    ),
+    "roformer_block": (
+        F.roformer_block,
+        [ones(1, 6, 8), ones(24, 8), ones(8, 8), ones(4, 8), ones(4, 8), ones(8, 4), ones(8), ones(8),
+         F.rope_table(6, 4)],
+        {"n_head": 2},
+    ),
     "rope_attention": (F.rope_attention, [ones(1, 6, 24), F.rope_table(6, 4)], {"n_head": 2}),
     "grouped_gru": (F.grouped_gru, [ones(1, 4, 6), ones(1, 2, 9, 3), ones(1, 2, 9, 3)], {}),
     "grouped_lstm": (F.grouped_lstm, [ones(1, 4, 6), ones(1, 2, 12, 3), ones(1, 2, 12, 3)], {}),
@@ -67,3 +78,28 @@ def test_rows_of_any_number_of_dimensions(leading):
 def test_a_number_is_not_a_row():
     with pytest.raises(ValueError, match=r"swiglu_mlp: x \(\)"):
         F.swiglu_mlp(torch.tensor(1.0), ones(4, 1), ones(4, 1), ones(1, 4))
+
+
+@pytest.mark.parametrize("name", ["roformer_block", "rnn_block"])
+def test_every_tensor_of_a_block_has_to_fit(name):
+    function, tensors, keywords = CALLS[name]
+    function(*tensors, **keywords)
+    for i, tensor in enumerate(tensors):
+        for wrong in (tensor[..., :-1], tensor[None]):
+            if i == 0 and wrong.dim() == 3:  # the channels of x are what the others are held against
+                wrong = torch.cat((tensor, tensor), -1)
+            with pytest.raises(ValueError, match=name):
+                function(*(wrong if i == j else t for j, t in enumerate(tensors)), **keywords)
+
+
+def test_registers_and_window_of_a_block():
+    function, tensors, keywords = CALLS["roformer_block"]
+    for wrong, said in (
+        ({"window": 0}, "window must be positive"),
+        ({"registers": ones(1, 1, 7)}, r"registers must be \(1 or 1, R, 8\), got \(1, 1, 7\)"),
+        ({"registers": ones(1, 1, 8)}, "1 registers and 6 tokens need a rope table of at least"),
+        ({"return_registers": True}, "there are no registers"),
+        ({"n_head": 3}, "an even D"),
+    ):
+        with pytest.raises(ValueError, match=f"roformer_block: .*{said}"):
+            function(*tensors, **(keywords | wrong))

@@ -1,4 +1,4 @@
-"""The four operations for tests that run over all of them: leaves of a small case, the kernels, the float64 formula."""
+"""The operations for tests that run over all of them: leaves of a small case, the kernels, the float64 formula."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastblocks import functional
-from tests.reference import attention, convnext, recurrent
+from tests.reference import attention, blocks, convnext, recurrent, rows
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,59 @@ def _mlp(dtype: torch.dtype = torch.float32) -> Operation:
     return Operation(sizes, run, exact, dtype)
 
 
+def _rms_norm() -> Operation:
+    # The default epsilon makes second derivatives of rows that happen to be short as large as they like.
+    def run(x, scale):
+        return functional.rms_norm(x, scale, 0.1)
+
+    return Operation({"x": (2, 5, 7), "scale": (7,)}, run, lambda x, scale: rows.rms_norm(x, scale, 0.1))
+
+
+def _swiglu() -> Operation:
+    sizes = dict.fromkeys(("x", "up"), (2, 5, 7))
+    return Operation(sizes, lambda x, up: functional.swiglu(x, up), lambda x, up: rows.swiglu(x, up))
+
+
+def _swiglu_mlp() -> Operation:
+    channels, hidden = 6, 21
+    sizes = {"x": (2, 5, channels)} | dict.fromkeys(("weight_gate", "weight_up"), (hidden, channels))
+    sizes |= {"weight_down": (channels, hidden)}
+    return Operation(sizes, functional.swiglu_mlp, rows.swiglu_mlp)
+
+
+def _roformer_block(dtype: torch.dtype, register_tokens: int = 2) -> Operation:
+    batch, length, heads, dim, hidden = 2, 5, 1, 8, 21
+    width = heads * dim
+    sizes = {"x": (batch, length, width), "weight_qkv": (3 * width, width), "weight_out": (width, width)}
+    sizes |= dict.fromkeys(("weight_gate", "weight_up"), (hidden, width)) | {"weight_down": (width, hidden)}
+    sizes |= dict.fromkeys(("scale_attention", "scale_mlp"), (width,))
+    sizes |= {"registers": (1, register_tokens, width)}
+    rope = functional.rope_table(register_tokens + length, dim)
+    eps = {"eps_attention": 0.1, "eps_mlp": 0.1}  # as above
+
+    def run(**leaves):
+        return functional.roformer_block(rope=rope.to(leaves["x"].device), n_head=heads, **leaves, **eps)
+
+    def exact(**leaves):
+        return blocks.roformer_block_of(rope=rope, n_head=heads, **leaves, **eps)[0]
+
+    return Operation(sizes, run, exact, dtype)
+
+
+def _rnn_block(gates: int, dtype: torch.dtype) -> Operation:
+    batch, length, layers, groups, units, hidden = 2, 3, 2, 2, 4, 21
+    width = groups * units
+    sizes = {"x": (batch, length, width)}
+    sizes |= dict.fromkeys(("weight_ih", "weight_hh"), (layers, 1, groups, gates * units, units))
+    sizes |= dict.fromkeys(("weight_gate", "weight_up"), (hidden, width)) | {"weight_down": (width, hidden)}
+    sizes |= dict.fromkeys(("scale_rnn", "scale_mlp"), (width,))
+    eps = {"eps_rnn": 0.1, "eps_mlp": 0.1}  # as above
+    return Operation(
+        sizes, lambda **leaves: functional.rnn_block(**leaves, **eps),
+        lambda **leaves: blocks.rnn_block_of(**leaves, **eps), dtype,
+    )  # fmt: skip
+
+
 OPERATIONS = {
     "attention, short": _attention(9, -1),
     "attention, short, window": _attention(9, 4),
@@ -105,4 +158,11 @@ OPERATIONS = {
     "depthwise, 2-D": _depthwise((4, 3)),
     "mlp": _mlp(),
     "mlp, fused": _mlp(torch.float16),
+    "rms_norm": _rms_norm(),
+    "rnn_block": _rnn_block(3, torch.float32),
+    "rnn_block, fused": _rnn_block(4, torch.float16),
+    "roformer_block": _roformer_block(torch.float32),
+    "roformer_block, fused": _roformer_block(torch.float16),
+    "swiglu": _swiglu(),
+    "swiglu_mlp": _swiglu_mlp(),
 }

@@ -5,7 +5,7 @@ import torch
 
 from fastblocks import backend
 from fastblocks.backend import use_backend
-from tests.compare import relative_error
+from tests.compare import FACTOR, relative_error
 from tests.kernels.operations import OPERATIONS
 
 pytest.importorskip("triton")
@@ -63,8 +63,11 @@ def test_layouts(name, layout, device):
         got = results(operation.run, bases, views, grad)
     assert {decision.backend for decision in decisions} == {"triton"}, decisions
     wrong = {}
-    for what, a, exact in zip(("y", *bases), got, results(operation.exact, wide, views, grad), strict=True):
-        error = relative_error(a, exact)
-        if not error < ALLOWED[operation.dtype]:
-            wrong[what] = f"{error:.1e}"
+    with use_backend("eager"):  # whole blocks in 16 bits may cancel in either
+        eager = results(operation.run, bases, views, grad)
+    exact = results(operation.exact, wide, views, grad)
+    for what, a, b, want in zip(("y", *bases), got, eager, exact, strict=True):
+        error, allowed = relative_error(a, want), max(ALLOWED[operation.dtype], FACTOR * relative_error(b, want))
+        if not error < allowed:
+            wrong[what] = f"{error:.1e}, allowed {allowed:.1e}"
     assert not wrong, wrong

@@ -58,6 +58,47 @@ def mlp(dtype, residual, c_out=6):
     return "convnext_mlp", make
 
 
+def rows(name, *sizes, dtype=torch.float32):
+    """Tensors of these sizes, and what the operator takes beside them."""
+
+    def make():
+        tensors = [(torch.randn(size) / (size[-1] ** 0.5 if i else 1)).to(dtype) for i, size in enumerate(sizes)]
+        return *tensors, *{"rms_norm": (1e-6,), "swiglu": (), "swiglu_mlp": (dtype,)}[name]
+
+    return name, make
+
+
+def roformer(dtype, registers=0, registers_out=False, stream=None, window=-1):
+    def make():
+        tokens, channels, hidden = 5, 16, 21
+        sizes = [(2, tokens, channels), (3 * channels, channels), (channels, channels), (hidden, channels)]
+        sizes += [(hidden, channels), (channels, hidden), (channels,), (channels,)]
+        tensors = [(torch.randn(size) / (size[-1] ** 0.5 if len(size) == 2 else 1)).to(dtype) for size in sizes]
+        rope = functional.rope_table(registers + tokens, channels // 2)
+        memory = torch.randn(1, registers, channels).to(stream or dtype) if registers else None
+        tensors[0] = tensors[0].to(stream or dtype)
+        return *tensors, rope, 2, window, memory, registers_out, 1e-6, 0.1, dtype
+
+    return "roformer_block", make
+
+
+def rnn(dtype, gates, layers, stream=None):
+    def make():
+        directions, groups, units, hidden = 1, 2, 8, 21
+        width = directions * groups * units
+        sizes = [(2, 3, width), (layers, directions, groups, gates * units, directions * units)]
+        sizes += [(layers, directions, groups, gates * units, units), (hidden, width), (hidden, width)]
+        sizes += [(width, hidden), (width,), (width,)]
+        tensors = [(torch.randn(size) / (size[-1] ** 0.5 if i else 1)).to(dtype) for i, size in enumerate(sizes)]
+        tensors[0] = tensors[0].to(stream or dtype)
+        return *tensors, 1e-6, 0.1, dtype
+
+    return "rnn_block", make
+
+
+CONSTANTS = {"rope_attention": (1,), "roformer_block": (8,)}  # by operator: tensors that take no gradient
+WITH_X = {"rope_attention": 4, "roformer_block": 11}  # by operator: the registers, which have the dtype of x
+
 CASES = {
     "attention, short": attention(18, 0, False),
     "attention, short, registers": attention(18, 2, True, 8),
@@ -77,6 +118,17 @@ CASES = {
     "MLP, float32": mlp(torch.float32, True),
     "MLP, fused": mlp(torch.bfloat16, True),
     "MLP without a residual": mlp(torch.float16, False, 9),
+    "RMSNorm": rows("rms_norm", (2, 5, 7), (7,)),
+    "RMSNorm of one row": rows("rms_norm", (7,), (7,)),
+    "RMSNorm, bfloat16": rows("rms_norm", (70, 24), (24,), dtype=torch.bfloat16),
+    "SwiGLU": rows("swiglu", (2, 5, 7), (2, 5, 7)),
+    "SwiGLU of one row": rows("swiglu", (32,), (32,)),
+    "SwiGLU MLP": rows("swiglu_mlp", (2, 5, 6), (21, 6), (21, 6), (9, 21)),
+    "RNN block, float32": rnn(torch.float32, 3, 2),
+    "RNN block, fused": rnn(torch.float16, 4, 1, stream=torch.float32),
+    "RoFormer block, float32": roformer(torch.float32),
+    "RoFormer block, fused": roformer(torch.bfloat16, 2, True, stream=torch.float32, window=3),
+    "SwiGLU MLP, bfloat16": rows("swiglu_mlp", (11, 8), (32, 8), (32, 8), (8, 32), dtype=torch.bfloat16),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -88,7 +140,7 @@ def leaves_of(name, make, device):
     for i, value in enumerate(arguments):
         if isinstance(value, torch.Tensor):
             arguments[i] = value.to(device)
-            if not (name == "rope_attention" and i == 1):  # the table is a constant
+            if i not in CONSTANTS.get(name, ()):
                 arguments[i].requires_grad_()
                 differentiable.append(arguments[i])
     return operator, arguments, differentiable
@@ -170,9 +222,8 @@ def test_arguments_of_any_strides(case, layout, device):
         for value in (plain, unusual):
             given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
             given[i] = value
-            differentiable = [given[j] for j in operator.tensors if given[j] is not None]
-            if operator.name == "rope_attention":
-                del differentiable[1]
+            takes = [j for j in operator.tensors if j not in CONSTANTS.get(operator.name, ())]
+            differentiable = [given[j] for j in takes if given[j] is not None]
             differentiable = [t.requires_grad_() for t in differentiable]
             results, grads, cotangents = results_and_gradients(operator, given, differentiable, cotangents)
             found.append([*results, *grads])
@@ -199,13 +250,13 @@ def test_second_derivatives_under_autocast(case, device):
     """The formula runs under the autocast of the forward pass, not under that of the backward pass."""
     operator, arguments, _ = leaves_of(*case, device)
     given = [a.detach().float().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if operator.name == "rope_attention":
-        given[1].requires_grad_(False)
+    for i in CONSTANTS.get(operator.name, ()):
+        given[i].requires_grad_(False)
     dtype_at = [i for i, a in enumerate(given) if isinstance(a, torch.dtype)]
     for x_dtype in (torch.float32, torch.bfloat16):
         given[0] = given[0].detach().to(x_dtype).requires_grad_()
-        if operator.name == "rope_attention":  # works in the dtype of qkv
-            given[4] = None if given[4] is None else given[4].detach().to(x_dtype).requires_grad_()
+        if (i := WITH_X.get(operator.name)) and given[i] is not None:
+            given[i] = given[i].detach().to(x_dtype).requires_grad_()
         for i in dtype_at:
             given[i] = torch.bfloat16
         leaves = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
@@ -250,6 +301,17 @@ def large(name):
         "convnext_mlp": lambda b: (
             empty(b, 5, 8), empty(32, 8), empty(32), empty(8, 32), empty(8), empty(b, 8, 5), torch.float32,
         ),
+        "rms_norm": lambda b: (empty(1000 * b, 8), empty(8), 1e-6),
+        "swiglu": lambda b: (empty(1000 * b, 8), empty(1000 * b, 8)),
+        "rnn_block": lambda b: (
+            empty(b, 40, 16), empty(1, 1, 2, 24, 8), empty(1, 1, 2, 24, 8), empty(21, 16), empty(21, 16),
+            empty(16, 21), empty(16), empty(16), 1e-6, 1e-6, torch.bfloat16,
+        ),
+        "roformer_block": lambda b: (
+            empty(b, 40, 16), empty(48, 16), empty(16, 16), empty(21, 16), empty(21, 16), empty(16, 21), empty(16),
+            empty(16), empty(40, 4, 2), 2, -1, None, False, 1e-6, 1e-6, torch.bfloat16,
+        ),
+        "swiglu_mlp": lambda b: (empty(1000 * b, 8), empty(21, 8), empty(21, 8), empty(8, 21), torch.float32),
     }  # fmt: skip
     return sizes[name](batch)
 

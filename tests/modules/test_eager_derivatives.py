@@ -16,10 +16,11 @@ from benchmarks.original import functional as original
 from fastblocks import functional
 from fastblocks.eager import attention, recurrent, rows
 from fastblocks.eager.derivatives import twice_differentiable
-from tests.compare import assert_close, relative_error
+from tests.compare import assert_as_exact, assert_close, relative_error
 from tests.modules.cases import BLOCKS
 from tests.modules.harness import EXACT, randomized, tensors
 from tests.reference import recurrent as reference
+from tests.reference import rows as reference_rows
 
 KINDS = ("gru", "lstm")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -86,6 +87,13 @@ def _swiglu_of_itself(run):
     return call, [torch.randn(5, 4, dtype=torch.float64)]
 
 
+def _rms_norm_of_itself(run):
+    def call(x):
+        return run(x, mixed(torch.Size((4,)), x), 1e-2)
+
+    return call, [torch.randn(5, 4, dtype=torch.float64)]
+
+
 def _attention_of_itself(run):
     def call(q):
         k = torch.sin(q) + q.flip(2)
@@ -97,6 +105,7 @@ def _attention_of_itself(run):
 COMPOSED = {
     "gru": (partial(_recurrence_of_itself, "gru"), partial(run_recurrence, "gru"), FORMULA["gru"]),
     "lstm": (partial(_recurrence_of_itself, "lstm"), partial(run_recurrence, "lstm"), FORMULA["lstm"]),
+    "rms_norm": (_rms_norm_of_itself, rows._CPURMSNorm.apply, rows.rms_norm_formula),
     "swiglu": (_swiglu_of_itself, rows._CPUSwiGLU.apply, rows._swiglu_formula),
     "attention": (_attention_of_itself, attention._CPUAttention.apply, attention._attention_formula),
     "library's attention": (_attention_of_itself, attention._library, attention._attention_formula),
@@ -372,6 +381,7 @@ class Allocations(TorchDispatchMode):
 OPERATIONS = {
     "grouped_gru": (partial(run_recurrence, "gru"), lambda: recurrence_inputs("gru", torch.float32, 4, 50)),
     "grouped_lstm": (partial(run_recurrence, "lstm"), lambda: recurrence_inputs("lstm", torch.float32, 4, 50)),
+    "rms_norm": (functional.rms_norm, lambda: [torch.randn(s, requires_grad=True) for s in ((200, 12), (12,))]),
     "swiglu_mlp": (
         functional.swiglu_mlp,
         lambda: [torch.randn(s, requires_grad=True) for s in ((200, 12), (32, 12), (32, 12), (12, 32))],
@@ -430,3 +440,66 @@ def test_backward_twice(kind):
         assert torch.equal(a, b)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, inputs)
+
+
+# --- RMSNorm in one pass each way
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(8,), (37, 24), (2, 3, 341), (5, 1), (3, 16384)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "a gradient that is one number", "transposed gradient"])
+def test_rms_norm_as_its_formula(layout, size, dtype):
+    """The same numbers forward; gradients as exact as the formula's."""
+    x, scale, grad = (torch.randn(s).to(dtype) for s in (size, size[-1:], size))
+    if layout == "transposed" and len(size) > 1:
+        x = x.mT.contiguous().mT
+    elif layout == "transposed gradient" and len(size) > 1:
+        grad = grad.mT.contiguous().mT
+    elif layout.startswith("a gradient"):
+        grad = grad.flatten()[0].expand(size)
+
+    def results(function, dtype=dtype):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, scale)]
+        y = function(*leaves, 1e-2)
+        return y, *torch.autograd.grad(y, leaves, grad.to(dtype))
+
+    got, formula = results(functional.rms_norm), results(rows.rms_norm_formula)
+    exact = results(reference_rows.rms_norm, torch.float64)
+    assert torch.equal(got[0], formula[0])
+    with torch.no_grad():
+        assert torch.equal(functional.rms_norm(x, scale, 1e-2), formula[0])
+    for a, b, c in zip(got, formula, exact, strict=True):
+        if dtype == torch.float64:
+            assert a.dtype == dtype and relative_error(a, c) < 1e-12
+        else:
+            assert_as_exact(a, b, c)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True)], ids=["x", "scale"])
+def test_rms_norm_where_one_gradient_is_wanted(wanted):
+    tensors = torch.randn(7, 24), torch.randn(24)
+    grads = []
+    for function in (functional.rms_norm, rows.rms_norm_formula):
+        leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+        y = function(*leaves, 1e-2)
+        y.backward(torch.ones_like(y))
+        assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+        grads.append(next(leaf.grad for leaf in leaves if leaf.grad is not None))
+    assert relative_error(*grads) < 1e-5
+
+
+def test_rms_norm_backward_under_autocast():
+    x, scale = torch.randn(7, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    y = functional.rms_norm(x, scale)
+    want = torch.autograd.grad(y, (x, scale), y.detach(), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, (x, scale), y.detach())
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_rms_norm_keeps_its_input_and_a_number_per_row():
+    kept = []
+    x, scale = torch.randn(40, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        functional.rms_norm(x, scale)
+    assert kept == [(40, 24), (24,), (40, 1)]

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from tests.reference import rows
+from tests.reference import attention as attention_by_rows
+from tests.reference import recurrent, rows
 
 State = dict[str, Tensor]
 
@@ -74,6 +75,22 @@ def roformer_block(
     return x[:, registers:], x[:, :registers]
 
 
+def roformer_block_of(
+    x: Tensor, weight_qkv: Tensor, weight_out: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    scale_attention: Tensor, scale_mlp: Tensor, rope: Tensor, n_head: int, *, window: int = -1,
+    registers: Tensor | None = None, eps_attention: float = 1e-6, eps_mlp: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same as a function of tensors: (tokens, registers); the registers (B or 1, R, C)."""
+    count = 0 if registers is None else registers.shape[1]
+    if registers is not None:
+        x = torch.cat([registers.expand(len(x), -1, -1), x], dim=1)
+    qkv = rows.rms_norm(x, scale_attention, eps_attention) @ weight_qkv.T
+    attended = attention_by_rows.rope_attention(qkv[:, count:], rope, n_head, window, qkv[:, :count] if count else None)
+    x = x + torch.cat(attended[::-1], dim=1) @ weight_out.T
+    x = x + rows.swiglu_mlp(rows.rms_norm(x, scale_mlp, eps_mlp), weight_gate, weight_up, weight_down)
+    return x[:, count:], x[:, :count]
+
+
 # --- recurrence
 
 
@@ -119,6 +136,18 @@ def grouped_rnn(
 def rnn_block(state: State, x: Tensor, **arguments) -> Tensor:
     x = x + grouped_rnn(part(state, "rnn."), rows.rms_norm(x, state["rnn_norm.scale"]), **arguments)
     return x + mlp(part(state, "mlp."), rows.rms_norm(x, state["ffn_norm.scale"]))
+
+
+def rnn_block_of(
+    x: Tensor, weight_ih: Tensor, weight_hh: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor,
+    scale_rnn: Tensor, scale_mlp: Tensor, *, eps_rnn: float = 1e-6, eps_mlp: float = 1e-6,
+) -> Tensor:  # fmt: skip
+    """The same as a function of tensors, weights (L, N, G, rows, columns)."""
+    y = rows.rms_norm(x, scale_rnn, eps_rnn)
+    for input_weight, state_weight in zip(weight_ih, weight_hh, strict=True):
+        y = recurrent.grouped_rnn(y, input_weight, state_weight)[0]
+    x = x + y
+    return x + rows.swiglu_mlp(rows.rms_norm(x, scale_mlp, eps_mlp), weight_gate, weight_up, weight_down)
 
 
 # --- ConvNeXt

@@ -1,0 +1,163 @@
+"""The operator of `fastblocks.functional.rnn_block`: a whole block as one node of autograd's graph.
+
+    x = x + rnn(x̂ s₁)     n = x̂ s₂   x = x + (silu(n W_gateᵀ) ∘ n W_upᵀ) W_downᵀ
+
+x (B, T, C) any strides; y (B, T, C). Everything between the norms is rounded to `dtype` (autocast's, where that is on);
+y has the promoted dtype of x and `dtype`. The layers of the recurrence have one shape, and their tensors stand in one.
+
+Launches with L fused layers, 16 bits up to 128 channels: pack, norm, L, MLP: 3 + L forward. Backward up to 64 channels:
+MLP by its input and by its weights, 2 a layer, norm 2, unpack 2: 6 + 2L. Above, and for float32 also forward, the
+library multiplies (`steps`).
+Kept for backward besides the arguments: the normalized x, every layer's output and x̂₂, 4 + 2L bytes an element in 16
+bits, two rstd a row, what the recurrence keeps, and the packed weights.
+"""
+
+import torch
+from torch import Tensor
+
+from fastblocks.eager import blocks as eager
+from fastblocks.kernels.blocks import pack, steps
+from fastblocks.kernels.blocks.roformer_block import parameters_reason
+from fastblocks.kernels.operator import Operator, compute_dtype
+from fastblocks.kernels.recurrent import operator as recurrent
+from fastblocks.kernels.rows import rms_norm
+
+__all__ = ["rnn_block", "unsupported_reason"]
+
+
+def unsupported_reason(
+    x: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_gate: Tensor,
+    weight_up: Tensor,
+    weight_down: Tensor,
+    scale_rnn: Tensor,
+    scale_mlp: Tensor,
+    eps_rnn: float,
+    eps_mlp: float,
+) -> str:
+    """Why the kernels do not take this call; an empty string if they do."""
+    parameters = (weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp)
+    reason = parameters_reason(x, parameters)
+    if not reason and x.shape[-1] > rms_norm.MAX_CHANNELS:
+        reason = f"rows of {x.shape[-1]} channels, the kernels take {rms_norm.MAX_CHANNELS}"
+    return reason or recurrent.unsupported_reason(x, weight_ih[0], weight_hh[0], None, None, None, None)
+
+
+def _layer(x: Tensor, weight_ih: Tensor, weight_hh: Tensor, dtype: torch.dtype) -> tuple:
+    """The arguments of the recurrence's operator, but `keep`: no biases, no state, and gates kept as it sees fit."""
+    return x, weight_ih, weight_hh, None, None, None, None, dtype, None
+
+
+def _outputs(
+    x, weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp, eps_rnn, eps_mlp, dtype, keep
+):
+    batch, length, channels = x.shape
+    one = recurrent.OPERATOR.outputs(*_layer(x, weight_ih[0], weight_hh[0], dtype), keep)
+    layers, h_last, c_last, gates, cell = (
+        None if t is None else x.new_empty((weight_ih.shape[0], *t.shape), dtype=t.dtype) for t in one
+    )
+    return (
+        x.new_empty((batch, length, channels), dtype=torch.promote_types(x.dtype, dtype)),
+        x.new_empty((batch, length, channels), dtype=dtype),
+        x.new_empty((batch * length,), dtype=torch.float32),
+        layers,
+        h_last,
+        c_last,
+        gates,
+        cell,
+        x.new_empty((batch * length, channels), dtype=dtype),
+        x.new_empty((batch * length,), dtype=torch.float32),
+        x.new_empty((pack.numbers(channels, weight_gate.shape[0], False),), dtype=dtype),
+    )
+
+
+def _unbind(tensor: Tensor | None, layers: int) -> list[Tensor | None]:
+    return [None] * layers if tensor is None else list(tensor.unbind())
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.contiguous().view(-1, x.shape[-1])
+
+
+def _forward(
+    outputs, x, weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp, eps_rnn, eps_mlp,
+    dtype, keep,
+):  # fmt: skip
+    y, normalized1, rstd1, *of_layers, normalized2, rstd2, packed = outputs
+    mlp_parameters = (p.contiguous() for p in (weight_gate, weight_up, weight_down))
+    pack.pack(None, None, *mlp_parameters, None, scale_mlp.contiguous(), packed)
+    (mlp_weight,) = pack.parts(packed, x.shape[2], weight_gate.shape[0], False)
+    rows = _as_rows(x)
+    rms_norm.forward(rows, scale_rnn.contiguous(), eps_rnn, _as_rows(normalized1), rstd1)
+    kept = zip(*(_unbind(t, len(weight_ih)) for t in of_layers), strict=True)
+    last = normalized1
+    for input_weight, state_weight, results in zip(weight_ih, weight_hh, kept, strict=True):
+        recurrent.OPERATOR.forward(results, *_layer(last, input_weight, state_weight, dtype), keep)
+        last = results[0]
+    steps.mlp_forward(_as_rows(last), None, rows, mlp_weight, _as_rows(y), normalized2, rstd2, eps_mlp)
+
+
+def _backward(
+    grads, needs, x, weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp, eps_rnn, eps_mlp,
+    dtype, normalized1, rstd1, layers, gates, cell, normalized2, rstd2, packed,
+):  # fmt: skip
+    (grad_y,) = grads
+    channels, hidden, rows = x.shape[2], weight_gate.shape[0], _as_rows(x)
+    (mlp_weight,) = pack.parts(packed, channels, hidden, False)
+    partial = sums = None
+    slabs = steps.slabs_of(len(rows), channels, packed)
+    if any(needs[3:6]) or needs[7]:
+        partial = steps.new_partial(slabs, packed, channels)
+        (sums,) = pack.parts(partial, channels, hidden, False)
+    grad_m, grad = steps.mlp_backward_all(_as_rows(grad_y), None, normalized2, rstd2, mlp_weight, None, sums, None)
+
+    grad = grad.view(x.shape)
+    grad_ih, grad_hh = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (weight_ih, weight_hh))
+    n_layers = len(weight_ih)
+    inputs = [normalized1, *layers[:-1]]
+    kept = list(zip(layers, _unbind(gates, n_layers), _unbind(cell, n_layers), strict=True))
+    for i in reversed(range(n_layers)):
+        grad, by_input_weight, by_state_weight, *_ = recurrent.OPERATOR.backward(
+            (grad, None, None), [], *_layer(inputs[i], weight_ih[i], weight_hh[i], dtype), *kept[i]
+        )
+        grad_ih[i].copy_(by_input_weight)
+        grad_hh[i].copy_(by_state_weight)
+
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
+    grad_scale = torch.empty(scale_rnn.shape, dtype=scale_rnn.dtype, device=x.device) if needs[6] else None
+    if needs[0] or needs[6]:
+        rms_norm.backward(
+            _as_rows(grad), rows, rstd1, scale_rnn.contiguous(), _as_rows(grad_x) if needs[0] else None,
+            kept_is_normalized=False, grad_residual=grad_m, grad_weight=grad_scale,
+        )  # fmt: skip
+    of_mlp = [None] * 7
+    if partial is not None:
+        mlp_parameters = (p.contiguous() for p in (weight_gate, weight_up, weight_down))
+        of_mlp = pack.unpack(partial, slabs, slabs, None, None, *mlp_parameters, None, scale_mlp.contiguous())
+    return grad_x, grad_ih, grad_hh, *of_mlp[2:5], grad_scale, of_mlp[6]
+
+
+def _formula(*arguments):
+    return eager.rnn_block(*arguments[:-1])  # without dtype: autocast says it
+
+
+OPERATOR = Operator(
+    "rnn_block",
+    "(Tensor x, Tensor weight_ih, Tensor weight_hh, Tensor weight_gate, Tensor weight_up, Tensor weight_down, "
+    "Tensor scale_rnn, Tensor scale_mlp, float eps_rnn, float eps_mlp, ScalarType dtype, bool keep) -> "
+    "(Tensor y, Tensor normalized1, Tensor rstd1, Tensor layers, Tensor h_last, Tensor c_last, Tensor gates, "
+    "Tensor cell, Tensor normalized2, Tensor rstd2, Tensor packed)",
+    results=1,
+    outputs=_outputs,
+    forward=_forward,
+    saved=("normalized1", "rstd1", "layers", "gates", "cell", "normalized2", "rstd2", "packed"),
+    backward=_backward,
+    formula=_formula,
+)
+
+
+def rnn_block(*arguments) -> Tensor:
+    """`fastblocks.functional.rnn_block`, for arguments that `unsupported_reason` accepts."""
+    return OPERATOR(*arguments, compute_dtype(arguments[0]))[0]
