@@ -117,8 +117,8 @@ def load_sequence(
 
 @triton.jit
 def near(offs_q, offs_k, half_window):
-    """Mask [queries, keys]: |offs_q − offs_k| ≤ half_window, in one subtraction and one comparison: a smaller difference
-    than −half_window becomes, unsigned, a large one."""
+    """Mask [queries, keys]: |offs_q − offs_k| ≤ half_window, in one subtraction and one comparison: a difference below
+    −half_window becomes, unsigned, a large one."""
     shifted = (offs_q + half_window)[:, None] - offs_k[None, :]
     return shifted.to(tl.uint32, bitcast=True) <= 2 * half_window
 
