@@ -15,7 +15,10 @@ from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 
 MIN_TILE = 16  # smallest dimension that tl.dot takes
-ROTATE_FROM = 1024  # tokens from which on, without a window, a kernel rotates q and k once (a prediction)
+# Tokens from which on a kernel of its own rotates q and k, once, and they are kept for backward: 2·T·C elements beside
+# the 4·T·C of qkv and out. A prediction (H100, us): of 8192 tokens of 8 heads of 64 channels, window 128, forward 121
+# without it and 85 + 45 with it, backward 309 and 218; of 282 tokens of 4 heads of 32, 71 and 55 + 34, 191 and 168.
+ROTATE_FROM = 1024
 SPLIT = 512  # keys per program, register tokens' output: 16 programs per head at T = 8192, 128 at 65536 (a prediction)
 COMBINE_ROWS = 4  # register tokens per program that combines splits: few, because there are only B·H·R
 PARTIAL_TILE = 8192  # elements of partial sums that a program adds per step: 64 registers per thread at 128 threads
@@ -31,6 +34,11 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
     if element_size == 4:  # products without tensor cores keep their operands in registers
         return n_rows <= 64 and block_d <= 32
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
+
+
+def is_rotated(n_tokens: int) -> bool:
+    """Whether a kernel of its own rotates q and k, for the kernels that are not `short`."""
+    return n_tokens >= ROTATE_FROM
 
 
 MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
@@ -52,9 +60,10 @@ def launch_config(
 ) -> LaunchConfig:
     """The launch of one attention kernel; block_d is the padded head size.
 
-    Predictions: with blocks of 128 queries, the window's keys and their rope table rows (twice the bytes of a bfloat16
-    key) are read from L2 half as often as with 64. For the same reason grad_key has larger blocks of keys than of the
-    queries that it loops over. Two stages, because three hold twice as much of the rope table in shared memory.
+    Predictions (H100, bfloat16): small programs of 4 warps in one stage, of which 4 to 8 are resident on a
+    multiprocessor, hide each other's latencies, at the start of a program above all. With 8 warps, 128 queries and two
+    stages (1 or 2 resident) att-long takes 189 us forward instead of 121, att-time 109 instead of 71, although keys are
+    read from L2 half as often; a second stage costs att-time 40 % (it holds the rope table in shared memory, too).
     """
     if kernel == "short_backward" and element_size == 4 and not tf32:
         # 4 warps, or 64 queries under a mask, spill 1 to 7 kB per thread with Triton 3.6 or 3.7. From 3.8 on operands
@@ -65,7 +74,9 @@ def launch_config(
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
         if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
-        return config(4, 1, BLOCK_N=64 if element_size == 2 else 32)
+        if element_size == 4:
+            return config(4, 1, BLOCK_N=32)
+        return config(4, 1, BLOCK_N=128 if block_d <= 32 else 64)  # 64 keys of 32 rotated channels spill 8 bytes
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
@@ -79,13 +90,9 @@ def launch_config(
         if not roomy:  # 64 queries spill 0.6 kB per thread with register tokens
             return config(4, 1, BLOCK_M=32, BLOCK_N=16)
         return config(8, 1, BLOCK_M=64, BLOCK_N=32)
-    if kernel == "grad_key":
-        if block_d <= 32:
-            return config(8, 2, BLOCK_M=32, BLOCK_N=128)
-        return config(4 if roomy else 8, 2, BLOCK_M=32, BLOCK_N=64)  # 4 warps spill 8 bytes per thread on sm_80
-    if kernel == "grad_query" and block_d > 32 and not roomy:
-        return config(8, 2, BLOCK_M=64, BLOCK_N=64)  # 128 queries spill 648 bytes per thread on sm_80
-    return config(8, 2, BLOCK_M=128, BLOCK_N=64)
+    if kernel == "grad_key":  # keys are its rows: 128 of 32 channels leave 2 programs resident
+        return config(4, 1, BLOCK_M=32, BLOCK_N=64)
+    return config(4, 1, BLOCK_M=64, BLOCK_N=32)
 
 
 # ---- what follows from shapes ----------------------------------------------------------------------------------------
@@ -151,7 +158,7 @@ def _plan(
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
     }
     short = is_short(n_rows, block_d, size, architecture)
-    rotated = not short and window < 0 and n_tokens >= ROTATE_FROM
+    rotated = not short and is_rotated(n_tokens)
 
     def complete(kernel: str, **constants) -> LaunchConfig:
         tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32)

@@ -7,7 +7,9 @@ one program per block of queries (dq, delta, and a partial sum of the register t
 keys (dk, dv). `registers` computes the register tokens' output and dq, and adds up the partial sums.
 
 Bytes per (batch, head): forward 4·T·D elements and 4·T of lse, backward 12·T·D: both kernels read q, k, v and dout.
-Neighbouring blocks share keys in cache: each key is read (BLOCK_M + W) / BLOCK_M times. FLOPs: 4·T·(W + R)·D and, with
+Neighbouring blocks share keys in cache: each key is read (BLOCK_M + W) / BLOCK_M times, and from ROTATE_FROM tokens on
+a kernel of its own rotates q and k first (4·T·D more), because a key's part of the rope table is twice its own bytes.
+Those 2·T·D elements are kept for backward. FLOPs: 4·T·(W + R)·D and, with
 seven products, 14·T·(W + R)·D; W is the window, T in its place where there is none.
 """
 
@@ -16,9 +18,11 @@ from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
+    FAR,
     LOG2_E,
     load_rotated,
     load_rows,
+    near,
     program_of,
     register_arguments,
     register_keys,
@@ -37,8 +41,8 @@ def _rotate_kernel(
     qkv_ptr, rope_ptr, rotated_ptr, stride_qkv_b, stride_qkv_t, n_tokens, n_registers, n_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Rotate q and k of the tokens once, to rotated (B, T, 2C): without a window each key would be rotated T / BLOCK_M
-    times. grid (B · 2H · blocks of tokens,), blocks fastest."""
+    """Rotate q and k of the tokens once, to rotated (B, T, 2C), instead of each key in every block that sees it.
+    grid (B · 2H · blocks of tokens,), blocks fastest."""
     block, _, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), 2 * n_head)
     start = block * BLOCK_M
     stride_out = 2 * n_head * HEAD_DIM
@@ -76,14 +80,15 @@ def _start(i, low, before, interior, BLOCK: tl.constexpr, INTERIOR: tl.constexpr
 
 @triton.jit
 def _softmax_step(s, v, m, total, acc, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One block of keys of an online softmax: m, total, acc are the running maximum, sum and output. s [queries, keys]
-    and m are unscaled, so that the difference of two large scores is rounded once; `scale` includes log2(e)."""
-    m_new = tl.maximum(m, tl.max(s, 1))
+    """One block of keys of an online softmax: m, total, acc are the running maximum, sum and output; s [queries, keys]
+    is unscaled. m is scaled, by a `scale` that includes log2(e): s · scale − m is one fused multiply-add, and the
+    rounding of m is the same in every term of the softmax."""
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
     base = m_new
     if MASKED:
         base = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row without a visible key so far
-    p = tl.exp2((s - base[:, None]) * scale)
-    shrink = tl.exp2((m - base) * scale)
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(m - base)
     acc = acc * shrink[:, None] + dot(round_to(p, v.dtype), v, PRECISION)
     return m_new, total * shrink + tl.sum(p, 1), acc
 
@@ -107,11 +112,10 @@ def _key_block(
 
 @triton.jit
 def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
-    """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n."""
+    """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n; without a window [1, offs_n]."""
     mask = (offs_n < n_tokens)[None, :]
     if HAS_WINDOW:
-        distance = offs_m[:, None] - offs_n[None, :]
-        mask = mask & (distance <= half_window) & (distance >= -half_window)
+        mask = near(offs_m, tl.where(offs_n < n_tokens, offs_n, FAR), half_window)
     return mask
 
 
@@ -174,7 +178,7 @@ def _long_forward_kernel(
     store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
         lse_ptr += pid_bh.to(tl.int64) * n_tokens
-        tl.store(lse_ptr + offs_m, m * scale + tl.log2(total), mask=offs_m < n_tokens)
+        tl.store(lse_ptr + offs_m, m + tl.log2(total), mask=offs_m < n_tokens)
 
 
 @triton.jit
@@ -344,22 +348,23 @@ def _grad_key_kernel(
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
-def inputs_of(qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
-    """The arguments that all kernels here and in `registers` share, by name; rotates q and k where the plan says so."""
-    batch, n_tokens, width = qkv.shape
-    qk = qkv
-    if plan.rotated:
-        qk = torch.empty((batch, n_tokens, width // 3 * 2), dtype=qkv.dtype, device=qkv.device)
-        config = plan.configs["rotate"]
-        launch(
-            _rotate_kernel, (batch * 2 * n_head * cdiv(n_tokens, config["BLOCK_M"]),), config, like=qkv,
-            qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=qk, **strides("qkv", qkv, "bt"),
-            n_tokens=n_tokens, n_registers=plan.n_registers, n_head=n_head,
-        )  # fmt: skip
+def rotate_tokens(qkv: Tensor, rotated: Tensor, rope: Tensor, n_head: int, plan: Plan) -> None:
+    """Fills rotated (B, T, 2C) with the tokens' q and k, rotated."""
+    config = plan.configs["rotate"]
+    launch(
+        _rotate_kernel, (qkv.shape[0] * 2 * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),), config, like=qkv,
+        qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=rotated, **strides("qkv", qkv, "bt"),
+        n_tokens=plan.n_tokens, n_registers=plan.n_registers, n_head=n_head,
+    )  # fmt: skip
+
+
+def inputs_of(qkv: Tensor, qk: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
+    """The arguments that all kernels here and in `registers` share, by name; qk: qkv, or where the plan says so what
+    `rotate_tokens` filled."""
     return {
-        "qk_ptr": qk, "v_ptr": qkv[..., 2 * (width // 3) :], "rope_ptr": rope,
+        "qk_ptr": qk, "v_ptr": qkv[..., 2 * (qkv.shape[2] // 3) :], "rope_ptr": rope,
         **strides("qk", qk, "bt"), **strides("v", qkv, "bt"), **register_arguments(qkv, register_qkv),
-        "n_tokens": n_tokens, "n_registers": plan.n_registers, "n_head": n_head, "scale": plan.scale,
+        "n_tokens": plan.n_tokens, "n_registers": plan.n_registers, "n_head": n_head, "scale": plan.scale,
     }  # fmt: skip
 
 

@@ -9,8 +9,9 @@ computed only when asked for. Rows past 2^31 elements are addressed in int64.
 
 Two sets of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and `long` (everything
 else; work and memory grow with T · (window + R)), with `registers` for the register tokens' output and gradients.
-Kept for backward: the inputs, and by `long` also out and `lse`, the base-2 logarithm of the softmax's sum: one flat
-tensor, (B, H, T) followed, where the register tokens' output was asked for, by (B, H, R).
+Kept for backward: the inputs, and by `long` also out and one flat float32 tensor: from ROTATE_FROM tokens on the
+rotated q and k (B, T, 2C) in the dtype of qkv; then `lse` (B, H, T), the base-2 logarithm of the softmax's sum; then,
+where the register tokens' output was asked for, theirs (B, H, R).
 Each file counts its own bytes and FLOPs.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastblocks.eager import attention as eager
 from fastblocks.kernels import runtime
 from fastblocks.kernels.attention import long, registers, short
-from fastblocks.kernels.attention.config import most_registers, plan_of, runs_short
+from fastblocks.kernels.attention.config import is_rotated, most_registers, plan_of, runs_short
 from fastblocks.kernels.operator import Operator
 
 __all__ = ["rope_attention", "unsupported_reason"]
@@ -60,11 +61,13 @@ def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, keep):
     batch, n_tokens, width = qkv.shape
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
     short = runs_short(qkv, n_head, n_registers)
-    kept_rows = batch * n_head * (n_tokens + n_registers if registers_out else n_tokens)
+    kept = batch * n_head * (n_tokens + n_registers if registers_out else n_tokens)
+    if not short and is_rotated(n_tokens):
+        kept += _rotated_floats(qkv)
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
         qkv.new_empty((batch, n_registers, width // 3)) if registers_out else None,
-        qkv.new_empty((kept_rows,), dtype=torch.float32) if keep and not short else None,
+        qkv.new_empty((kept,), dtype=torch.float32) if keep and not short else None,
     )
 
 
@@ -72,26 +75,44 @@ def _readable(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
+def _rotated_floats(qkv: Tensor) -> int:
+    """Numbers in float32 that take as many bytes as rotated q and k."""
+    return qkv.shape[0] * qkv.shape[1] * (2 * (qkv.shape[2] // 3) * qkv.element_size() // 4)
+
+
+def _parts_of(kept: Tensor, qkv: Tensor, n_head: int, rotated: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of what is kept: rotated q and k (or qkv itself, where they are not), lse, and the register tokens' lse."""
+    batch, n_tokens, width = qkv.shape
+    qk, floats = qkv, _rotated_floats(qkv) if rotated else 0
+    if rotated:
+        qk = kept[:floats].view(qkv.dtype).view(batch, n_tokens, width // 3 * 2)
+    end = floats + batch * n_head * n_tokens
+    return qk, kept[floats:end], kept[end:]
+
+
 def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, keep):
     out = outputs[0]
-    register_out, lse = (out if result is None else result for result in outputs[1:])  # a placeholder, not written
+    register_out, kept = (out if result is None else result for result in outputs[1:])  # a placeholder, not written
     qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     if plan.short:
         short.forward(qkv, rope, n_head, register_qkv, out, register_out, plan)
         return
-    inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
+    if keep:
+        qk, lse, register_lse = _parts_of(kept, qkv, n_head, plan.rotated)
+    else:
+        qk, lse, register_lse = qkv, out, out
+        if plan.rotated:
+            qk = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3 * 2))
+    if plan.rotated:
+        long.rotate_tokens(qkv, qk, rope, n_head, plan)
+    inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
     long.forward(inputs, out, lse, keep, plan)
     if registers_out:
-        registers.forward(inputs, register_out, _of_registers(lse, out, n_head) if keep else lse, keep, plan)
+        registers.forward(inputs, register_out, register_lse, keep, plan)
 
 
-def _of_registers(lse: Tensor, out: Tensor, n_head: int) -> Tensor:
-    """The register tokens' part of lse, which follows the tokens'."""
-    return lse[out.shape[0] * out.shape[1] * n_head :]
-
-
-def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_out, out, register_out, lse):
+def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_out, out, register_out, kept):
     grad_out, grad_register_out = grads
     registers_out = registers_out and grad_register_out is not None
     grad_out = torch.zeros_like(out) if grad_out is None else _readable(grad_out)
@@ -113,8 +134,8 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     if plan.short:
         short.backward(grad_out, grad_register_out, qkv, rope, n_head, register_qkv, grad_qkv, partial, plan)
     else:
-        inputs = long.inputs_of(qkv, rope, n_head, register_qkv, plan)
-        register_lse = _of_registers(lse, out, n_head) if registers_out else lse
+        qk, lse, register_lse = _parts_of(kept, qkv, n_head, plan.rotated)
+        inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
         long.backward(
             inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_parts, plan
         )
@@ -130,11 +151,11 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
 OPERATOR = Operator(
     "rope_attention",
     "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, bool keep) "
-    "-> (Tensor out, Tensor register_out, Tensor lse)",
+    "-> (Tensor out, Tensor register_out, Tensor kept)",
     results=2,
     outputs=_outputs,
     forward=_forward,
-    saved=("out", "register_out", "lse"),
+    saved=("out", "register_out", "kept"),
     backward=_backward,
     formula=eager.rope_attention,
 )

@@ -90,7 +90,7 @@ def _register_combine_kernel(
         row = (pid_bh.to(tl.int64) * n_splits + split) * n_registers
         m_split = tl.load(m_ptr + row + offs_r, mask=mask_r, other=0.0)
         m_new = tl.maximum(m, m_split)
-        shrink, grow = tl.exp2((m - m_new) * scale), tl.exp2((m_split - m_new) * scale)
+        shrink, grow = tl.exp2(m - m_new), tl.exp2(m_split - m_new)
         x = load_rows(acc_ptr + row * HEAD_DIM, offs_r, n_registers, HEAD_DIM, HEAD_DIM, BLOCK_D)
         acc = acc * shrink[:, None] + x * grow[:, None]
         total = total * shrink + tl.load(total_ptr + row + offs_r, mask=mask_r, other=1.0) * grow
@@ -100,7 +100,7 @@ def _register_combine_kernel(
     store_rows(register_out_ptr, acc / total[:, None], offs_r, n_registers, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
         register_lse_ptr += pid_bh.to(tl.int64) * n_registers
-        tl.store(register_lse_ptr + offs_r, m * scale + tl.log2(total), mask=mask_r)
+        tl.store(register_lse_ptr + offs_r, m + tl.log2(total), mask=mask_r)
 
 
 @triton.jit

@@ -118,12 +118,12 @@ def _short_forward_kernel(
                 q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(s_b, 1))
-        m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may have no visible key
-        p_a = tl.exp2((s_a - m[:, None]) * scale)
+        m = tl.where(m == float("-inf"), 0.0, m) * scale  # rows past the end may have no visible key
+        p_a = tl.exp2(s_a * scale - m[:, None])
         total = tl.sum(p_a, 1)
         acc = dot(round_to(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         if BLOCK_B > 0:
-            p_b = tl.exp2((s_b - m[:, None]) * scale)
+            p_b = tl.exp2(s_b * scale - m[:, None])
             total += tl.sum(p_b, 1)
             acc += dot(round_to(p_b, v_b.dtype), v_b, PRECISION)
         acc = acc / total[:, None]
@@ -212,11 +212,11 @@ def _short_backward_kernel(
                 q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(p_b, 1))
-        m = tl.where(m == float("-inf"), 0.0, m)
-        p_a = tl.exp2((p_a - m[:, None]) * scale)
+        m = tl.where(m == float("-inf"), 0.0, m) * scale
+        p_a = tl.exp2(p_a * scale - m[:, None])
         total = tl.sum(p_a, 1)
         if BLOCK_B > 0:
-            p_b = tl.exp2((p_b - m[:, None]) * scale)
+            p_b = tl.exp2(p_b * scale - m[:, None])
             total += tl.sum(p_b, 1)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # rows past the end: P = 0, not NaN
         p_a *= inverse[:, None]
