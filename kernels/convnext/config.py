@@ -24,24 +24,35 @@ def depthwise_conv(
 ) -> LaunchConfig:
     """Depthwise convolution, forward and gradient of x.
 
-    RUN: consecutive outputs of a thread, which share inputs in registers; one vector load's worth, at least 4.
-    Registers bound the tile: 32 float32 accumulators compile to 64-196 registers per thread. Large tiles of 4-byte
-    inputs take 16, as do strided kernels, whose runs read twice the inputs (32 took 249). 512 channels take 8 warps:
-    three programs fit an SM, where 16 warps spill 8 bytes on sm_80 and fit once on sm_90.
-    Nothing here is timed; that smaller tiles pay where the grid would not fill the device is a prediction.
+    RUN: consecutive outputs of a thread, which share inputs in registers; 8, which read 14 inputs of 7 taps, where 4
+    read 10. Float32 takes one vector load's worth, 4, and strided kernels 4 at least: their runs read twice the inputs.
+    Registers bound the tile: 32 float32 accumulators per thread take 120-160 registers. Large tiles of 4-byte inputs
+    take 16, as do strided kernels (32 took 249) and the normalization of 64 channels; that of 128 takes 8: there five
+    programs per SM beat two. 512 channels of 2 bytes take 64 in 4 warps, 168 registers, and three programs fit an SM.
+    Without the normalization 32 channels in 2 warps make the most programs, two per SM at least.
+    Nothing here is timed; all of it is predicted.
     """
-    run = max(vector, 4)
-    block_c = power_of_two(channels) if all_channels else min(64, power_of_two(channels))
-    block_c = max(16, block_c)
-    warps = 16 if block_c >= 1024 else 8 if block_c >= 64 and all_channels else 4
-    accumulators = 16 if strided or (block_c >= 512 and itemsize == 4) else 32
+    accumulators, warps, wanted = 32, 2, 2 * sm_count
+    block_c = max(16, power_of_two(channels if all_channels else min(channels, 32)))
+    if all_channels:
+        warps = 16 if block_c >= 1024 else 8 if block_c >= 256 else 4
+        wanted = sm_count
+        if block_c == 512 and itemsize == 2:
+            warps, accumulators = 4, 64
+        elif block_c >= 512 and itemsize == 4:
+            accumulators = 16
+        else:
+            accumulators = {64: 16, 128: 8}.get(block_c, 32)
+    if strided:
+        accumulators = 16
+    run = max(vector, 4) if strided or itemsize == 4 else 8
     runs = max(1, warps * 32 * accumulators // (block_c * run))
     block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     slices = batch * -(-channels // block_c)
-    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
+    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < wanted:
         block_h //= 2
-    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < sm_count:
+    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < wanted:
         block_w //= 2
     return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
 
@@ -91,8 +102,10 @@ def grad_weight(
 
 @cache
 def sum_splits(channels: int) -> LaunchConfig:
-    """Second stage of sums over positions: 32 splits per step, channels in whole memory sectors."""
-    return config(4, BLOCK_S=32, BLOCK_C=min(64, max(16, power_of_two(channels))))
+    """Second stage of sums over positions: 16 values per thread and step, as latency is all it costs; channels in whole
+    memory sectors, few, for more programs. 525 splits of 64 channels: 4 µs predicted, 13 by 32 × 64 in 4 warps.
+    """
+    return config(8, BLOCK_S=128, BLOCK_C=min(32, max(16, power_of_two(channels))))
 
 
 @cache

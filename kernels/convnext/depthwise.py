@@ -238,9 +238,9 @@ def _conv_kernel(
     offs_y = times(h, stride_y_h, INDEX_INT64) + times(w, stride_y_w, INDEX_INT64)
     offs_y = offs_y[None, :, :] + times(offs_c, stride_y_c, INDEX_INT64)[:, None, None]
     if norm_weight_ptr is not None:
-        mean = tl.sum(u, axis=0) / C  # masked channels are 0
+        mean = tl.sum(u, axis=0) * (1.0 / C)  # masked channels are 0
         u = tl.where(mask_c[:, None, None], u - mean[None, :, :], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(u * u, axis=0) / C + eps)
+        rstd = tl.rsqrt(tl.sum(u * u, axis=0) * (1.0 / C) + eps)
         u *= rstd[None, :, :]
         if rstd_ptr is not None:
             tl.store(rstd_ptr + batch * H_OUT * W_OUT + h * W_OUT + w, rstd, mask=mask_q)
