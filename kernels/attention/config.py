@@ -74,9 +74,8 @@ def launch_config(
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
         if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
-        if element_size == 4:
-            return config(4, 1, BLOCK_N=32)
-        return config(4, 1, BLOCK_N=128 if block_d <= 32 else 64)  # 64 keys of 32 rotated channels spill 8 bytes
+        # 64 rotated keys of 32 channels spill 8 bytes per thread. SPLIT must be a multiple of it.
+        return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d > 32 else 32)
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
@@ -90,6 +89,11 @@ def launch_config(
         if not roomy:  # 64 queries spill 0.6 kB per thread with register tokens
             return config(4, 1, BLOCK_M=32, BLOCK_N=16)
         return config(8, 1, BLOCK_M=64, BLOCK_N=32)
+    if block_d > 32 and not roomy:  # with 32 register tokens: 4 warps or one stage spill up to 56 bytes, this 16
+        if kernel == "grad_key":
+            return config(8, 2, BLOCK_M=32, BLOCK_N=64)
+        if kernel == "grad_query":
+            return config(8, 2, BLOCK_M=64, BLOCK_N=64)
     if kernel == "grad_key":  # keys are its rows: 128 of 32 channels leave 2 programs resident
         return config(4, 1, BLOCK_M=32, BLOCK_N=64)
     return config(4, 1, BLOCK_M=64, BLOCK_N=32)
@@ -179,6 +183,9 @@ def _plan(
                 BLOCK_B=block_b,
                 BLOCK_M=block_m,
                 ONE_BLOCK=one,
+                # Without a loop att-freq's backward takes fewer registers and 51 us instead of 67 (a prediction).
+                # Float32 and 128 rows spill up to 88 bytes per thread so on sm_80.
+                NO_LOOP=one and block_m <= 64 and size == 2,
                 EVEN=one and block_m == block_a == n_rows and n_registers == 0,
             )
     else:
