@@ -36,9 +36,10 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
 
 
-def is_rotated(n_tokens: int) -> bool:
-    """Whether a kernel of its own rotates q and k, for the kernels that are not `short`."""
-    return n_tokens >= ROTATE_FROM
+def is_rotated(n_tokens: int, window: int, element_size: int) -> bool:
+    """Whether a kernel of its own rotates q and k, for the kernels that are not `short`. Not in a float32 window:
+    rotated TF32 operands of 64 channels spill 8 to 16 bytes per thread."""
+    return n_tokens >= ROTATE_FROM and (window < 0 or element_size == 2)
 
 
 MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
@@ -74,9 +75,10 @@ def launch_config(
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
         if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
-        if element_size == 4:
-            return config(4, 1, BLOCK_N=32)
-        return config(4, 1, BLOCK_N=128 if block_d <= 32 else 64)  # 64 keys of 32 rotated channels spill 8 bytes
+        # 64 rotated keys of 32 channels spill 8 bytes per thread. SPLIT must be a multiple of it.
+        return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d > 32 else 32)
+    if element_size == 4 and kernel == "long_forward" and block_d <= 32:
+        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills 8 bytes at 64 registers on sm_90
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
@@ -90,6 +92,11 @@ def launch_config(
         if not roomy:  # 64 queries spill 0.6 kB per thread with register tokens
             return config(4, 1, BLOCK_M=32, BLOCK_N=16)
         return config(8, 1, BLOCK_M=64, BLOCK_N=32)
+    if block_d > 32 and not roomy:  # with 32 register tokens: 4 warps or one stage spill up to 56 bytes, this 16
+        if kernel == "grad_key":
+            return config(8, 2, BLOCK_M=32, BLOCK_N=64)
+        if kernel == "grad_query":
+            return config(8, 2, BLOCK_M=64, BLOCK_N=64)
     if kernel == "grad_key":  # keys are its rows: 128 of 32 channels leave 2 programs resident
         return config(4, 1, BLOCK_M=32, BLOCK_N=64)
     return config(4, 1, BLOCK_M=64, BLOCK_N=32)
@@ -158,7 +165,7 @@ def _plan(
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
     }
     short = is_short(n_rows, block_d, size, architecture)
-    rotated = not short and is_rotated(n_tokens)
+    rotated = not short and is_rotated(n_tokens, window, size)
 
     def complete(kernel: str, **constants) -> LaunchConfig:
         tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32)
@@ -179,6 +186,9 @@ def _plan(
                 BLOCK_B=block_b,
                 BLOCK_M=block_m,
                 ONE_BLOCK=one,
+                # Without a loop att-freq's backward takes fewer registers and 51 us instead of 67 (a prediction).
+                # Float32 and 128 rows spill up to 88 bytes per thread so on sm_80.
+                NO_LOOP=one and block_m <= 64 and size == 2,
                 EVEN=one and block_m == block_a == n_rows and n_registers == 0,
             )
     else:

@@ -69,7 +69,7 @@ def _short_forward_kernel(
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, NO_LOOP: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_REGISTERS: tl.constexpr, REGISTERS_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grid (B·H,). register_ptr: q, k, v of the register tokens. ONE_BLOCK: all queries fit in BLOCK_M. EVEN: moreover
@@ -97,8 +97,11 @@ def _short_forward_kernel(
         )  # fmt: skip
 
     # Register tokens are queries only when their output is asked for.
-    for start in range(0 if REGISTERS_OUT else n_registers, n_registers + 1 if ONE_BLOCK else n_rows, BLOCK_M):
+    first = 0 if REGISTERS_OUT else n_registers
+    for start in range(0 if NO_LOOP else first, 1 if NO_LOOP else n_registers + 1 if ONE_BLOCK else n_rows, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
+        if NO_LOOP:  # one pass with constant bounds is no loop to the compiler
+            offs_m += first
         if REGISTERS_OUT:
             q = load_sequence(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
@@ -118,12 +121,12 @@ def _short_forward_kernel(
                 q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(s_b, 1))
-        m = tl.where(m == float("-inf"), 0.0, m) * scale  # rows past the end may have no visible key
-        p_a = tl.exp2(s_a * scale - m[:, None])
+        m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may have no visible key
+        p_a = tl.exp2((s_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
         acc = dot(round_to(p_a, v_a.dtype), v_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         if BLOCK_B > 0:
-            p_b = tl.exp2(s_b * scale - m[:, None])
+            p_b = tl.exp2((s_b - m[:, None]) * scale)
             total += tl.sum(p_b, 1)
             acc += dot(round_to(p_b, v_b.dtype), v_b, PRECISION)
         acc = acc / total[:, None]
@@ -153,7 +156,7 @@ def _short_backward_kernel(
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, NO_LOOP: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_REGISTERS: tl.constexpr, REGISTERS_OUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grid (B·H,). partial_ptr: (B, R, 3C) float32, the register tokens' gradients of each sample, not rotated back.
@@ -186,8 +189,11 @@ def _short_backward_kernel(
         dk_b = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
         dv_b = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
 
-    for start in range(0 if REGISTERS_OUT else n_registers, n_registers + 1 if ONE_BLOCK else n_rows, BLOCK_M):
+    first = 0 if REGISTERS_OUT else n_registers
+    for start in range(0 if NO_LOOP else first, 1 if NO_LOOP else n_registers + 1 if ONE_BLOCK else n_rows, BLOCK_M):
         offs_m = start + tl.arange(0, BLOCK_M)
+        if NO_LOOP:  # one pass with constant bounds is no loop to the compiler
+            offs_m += first
         if REGISTERS_OUT:
             q = load_sequence(
                 token_ptr, register_ptr, offs_m, n_registers, n_rows, stride_qkv_t, stride_register_r,
@@ -212,11 +218,11 @@ def _short_backward_kernel(
                 q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
             )  # [BLOCK_M, BLOCK_B]
             m = tl.maximum(m, tl.max(p_b, 1))
-        m = tl.where(m == float("-inf"), 0.0, m) * scale
-        p_a = tl.exp2(p_a * scale - m[:, None])
+        m = tl.where(m == float("-inf"), 0.0, m)
+        p_a = tl.exp2((p_a - m[:, None]) * scale)
         total = tl.sum(p_a, 1)
         if BLOCK_B > 0:
-            p_b = tl.exp2(p_b * scale - m[:, None])
+            p_b = tl.exp2((p_b - m[:, None]) * scale)
             total += tl.sum(p_b, 1)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # rows past the end: P = 0, not NaN
         p_a *= inverse[:, None]
