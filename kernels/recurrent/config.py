@@ -29,7 +29,8 @@ BACKWARD = {
     64: config(4, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2),
     128: config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=3),
 }
-LSTM_128_STATE = config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2)  # a first state takes registers, too
+# A first state takes registers, too; without one, forward spills 56 bytes a thread with Triton 3.6.
+LSTM_128_FEWER_HELD = config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2)
 # sm_80: the same code takes more registers there, and three stages of an LSTM's backward need 164 KB of shared
 # memory, 1 more than there is.
 SM_80_128 = config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=1)
@@ -75,8 +76,8 @@ def time_loop(
         return BACKWARD_FUSED[units, lstm]
     if units == 128 and architecture == "sm_80":
         return SM_80_LSTM_BACKWARD_128 if backward and lstm else SM_80_128
-    if units == 128 and lstm and state:
-        return LSTM_128_STATE
+    if units == 128 and lstm and (state or (runtime.VERSION < (3, 7) and not backward)):
+        return LSTM_128_FEWER_HELD
     return (BACKWARD if backward else FORWARD)[units]
 
 
