@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
-from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
+    hold,
     input_preactivations,
     load_float,
     load_padded,
@@ -26,9 +26,9 @@ from fastblocks.kernels.recurrent.cell import (
 )
 from fastblocks.kernels.recurrent.forward import (
     Inputs,
-    at_least,
     forward,
     launch_arguments,
+    launch_config,
     outputs,
     quad_weight,
     sizes_of,
@@ -72,6 +72,7 @@ def _grouped_rnn_backward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    HELD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
@@ -117,6 +118,7 @@ def _grouped_rnn_backward_kernel(
     if cell_ptr is not None:
         cell_ptrs = cell_ptr + kept_row * H + unit
     u_back = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, not TRANSPOSED, DTYPE)
+    u_back = hold(u_back, HELD, LSTM, DTYPE)
     if FUSED:
         offs_i = tl.arange(0, PACK * BLOCK_I)
         feature = across(offs_i % BLOCK_I, TRANSPOSED)
@@ -128,7 +130,8 @@ def _grouped_rnn_backward_kernel(
         if RECOMPUTE:
             w = load_weights(weight_ih_ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, TRANSPOSED, DTYPE)
             u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, TRANSPOSED, DTYPE)
-        grad_w0 = tl.zeros((PACK * BLOCK_I, PACK * BLOCK_H), tl.float32)
+        W_SHAPE: tl.constexpr = (PACK * BLOCK_H, PACK * BLOCK_I) if TRANSPOSED else (PACK * BLOCK_I, PACK * BLOCK_H)
+        grad_w0 = tl.zeros(W_SHAPE, tl.float32)
         grad_w1 = grad_w0
         grad_w2 = grad_w0
         grad_w3 = grad_w0
@@ -139,14 +142,14 @@ def _grouped_rnn_backward_kernel(
     else:
         grad_preactivations_ptrs = grad_preactivations_words_ptr + (kept_row * H + unit) * WORDS
 
-    HOLD_FIRST: tl.constexpr = h_first_ptr is not None and not LSTM  # which has no registers left to hold it
+    HOLD_FIRST: tl.constexpr = h_first_ptr is not None and not (LSTM and FUSED)  # which has no registers left for it
     if HOLD_FIRST:
         h_first = round_to(load_float(h_first_ptr + state_index, mask), DTYPE)
 
     grad_h = tl.zeros(SHAPE, tl.float32)
     grad_c = tl.zeros(SHAPE, tl.float32)
     if grad_h_last_ptr is not None:
-        grad_h_last = load_float(grad_h_last_ptr + state_index, mask)
+        grad_h = load_float(grad_h_last_ptr + state_index, mask)
     if grad_c_last_ptr is not None:
         grad_c = load_float(grad_c_last_ptr + state_index, mask)
 
@@ -162,42 +165,47 @@ def _grouped_rnn_backward_kernel(
         g3 = g0
         h_prev = tl.zeros(SHAPE, DTYPE)
         x = tl.zeros(X_SHAPE, DTYPE)
-        if LSTM:
-            c_prev = tl.zeros(SHAPE, DTYPE)
     for iteration in tl.range(0, last + 1, num_stages=STAGES):
         s = last - iteration
-        t = (start + s * step).to(tl.int64)
+        inside_s = s < length
+        t = (start + (tl.minimum(s, length - 1) if RECOMPUTE else s) * step).to(tl.int64)
         prepared = s - 1 if RECOMPUTE else s
         t_prepared = (start + tl.maximum(prepared, 0) * step).to(tl.int64)
         t_before = (start + tl.maximum(prepared - 1, 0) * step).to(tl.int64)
         later = prepared > 0  # the state before the first step is h_first, not in y
-        grad_y = tl.load(grad_y_ptrs + t * stride_y_t, mask=mask & (s < length), other=0.0).to(tl.float32)
-        mask_h = mask if HOLD_FIRST else mask & later
-        h_before = tl.load(y_ptrs + t_before * stride_y_t, mask=mask_h, other=0.0)
-        if h_first_ptr is not None:
+        # Loads stay in the asynchronous pipeline if no mask varies, by row or by step, and a selection by a scalar
+        # follows each, before any change of layout. Rows past the batch are its last one again: their gradients
+        # are set to zero only where they would enter the weights'.
+        grad_y = load_padded(grad_y_ptrs + t * stride_y_t, mask_u, BLOCK_H != H)
+        grad_y = tl.where(inside_s, grad_y, 0.0).to(tl.float32)
+        h_before = load_padded(y_ptrs + t_before * stride_y_t, mask_u, BLOCK_H != H)
+        if h_first_ptr is None:
+            h_before = tl.where(later, h_before, 0.0)
+        else:
             if not HOLD_FIRST:
                 h_first = round_to(load_float(h_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
             h_before = tl.where(later, h_before, h_first)
         if FUSED:
             x_ahead = round_to(load_padded(x_ptrs + t_prepared * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
-        if LSTM:  # c is the last iteration's c_prev, but carrying it over would end the pipelining of loads
-            c = tl.load(cell_ptrs + t * stride_c_t, mask=mask & (s < length), other=0.0)
-            c_before = tl.load(cell_ptrs + t_before * stride_c_t, mask=mask & later, other=0.0)
-            if c_first_ptr is not None:
-                c_first = round_to(load_float(c_first_ptr + state_index, mask & (prepared == 0)), DTYPE)
-                c_before = tl.where(later, c_before, c_first)
+        if LSTM:  # c was the last iteration's c_prev, but carrying it over would end the pipelining of loads
+            t_previous = (start + tl.maximum(s - 1, 0) * step).to(tl.int64)
+            c = tl.where(inside_s, load_padded(cell_ptrs + t * stride_c_t, mask_u, BLOCK_H != H), 0.0)
+            c_prev = load_padded(cell_ptrs + t_previous * stride_c_t, mask_u, BLOCK_H != H)
+            if c_first_ptr is None:
+                c_prev = tl.where(s > 0, c_prev, 0.0)
+            else:
+                c_first = round_to(load_float(c_first_ptr + state_index, mask & (s == 0)), DTYPE)
+                c_prev = tl.where(s > 0, c_prev, c_first)
         if not RECOMPUTE:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, BLOCK_H != H, DTYPE)
             g0, g1, g2, g3 = unpack(low, high, DTYPE)
             h_prev = h_before
             if FUSED:
                 x = x_ahead
-            if LSTM:
-                c_prev = c_before
 
-        if grad_h_last_ptr is not None:
-            grad_y = tl.where(s == length - 1, grad_y + grad_h_last, grad_y)
         grad_h += grad_y
+        if FUSED:
+            grad_h = tl.where(inside, grad_h, 0.0)
         if LSTM:
             tanh_c = tanh(c.to(tl.float32), ACTIVATION)
             grad_c += grad_h * g3 * (1.0 - tanh_c * tanh_c)
@@ -206,7 +214,7 @@ def _grouped_rnn_backward_kernel(
             d2 = grad_c * g0 * (1.0 - g2 * g2)
             d3 = grad_h * tanh_c * g3 * (1.0 - g3)
             grad_c *= g1
-            carried = tl.zeros(SHAPE, tl.float32)
+            carried = tl.where(inside_s, 0.0, grad_h) if RECOMPUTE else tl.zeros(SHAPE, tl.float32)
         else:
             d2 = grad_h * (1.0 - g1) * (1.0 - g2 * g2)
             d1 = grad_h * (h_prev.to(tl.float32) - g2) * g1 * (1.0 - g1)
@@ -250,8 +258,6 @@ def _grouped_rnn_backward_kernel(
             g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
             h_prev = h_before
             x = x_ahead
-            if LSTM:
-                c_prev = c_before
 
     if grad_h_first_ptr is not None:
         tl.store(grad_h_first_ptr + state_index, grad_h, mask=mask)
@@ -260,9 +266,13 @@ def _grouped_rnn_backward_kernel(
     if FUSED:
         # This tile's share of the weights' gradients: weight_ih, then weight_hh.
         ptr = partial_ptr + tile.to(tl.int64) * partial_size
-        store_weights(ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, (grad_w0, grad_w1, grad_w2, grad_w3))
+        store_weights(
+            ptr, first, offs_u, offs_i, H, BLOCK_H, I, BLOCK_I, LSTM, TRANSPOSED, (grad_w0, grad_w1, grad_w2, grad_w3)
+        )
         ptr += groups * DIRECTIONS * GATES * H * I
-        store_weights(ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, (grad_u0, grad_u1, grad_u2, grad_u3))
+        store_weights(
+            ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, TRANSPOSED, (grad_u0, grad_u1, grad_u2, grad_u3)
+        )
 
 
 def backward(
@@ -284,8 +294,7 @@ def backward(
         forward(given, *again)
         *_, gates, cell = again
     shared = launch_arguments(given, sizes, y, gates, cell)
-    units, given_state = shared["PACK"] * shared["BLOCK_H"], h_first is not None
-    config = at_least(table.time_loop(units, lstm, True, fused, dtype == torch.float32, given_state))
+    config = launch_config(given, sizes, shared, dtype, backward=True)
     tiles = cdiv(sizes.batch, config["BLOCK_B"])
     grads = [torch.empty_like(weight) for weight in (weight_ih, given.weight_hh)]
     grad_x = grad_preactivations = partial = grad_h_first = None
@@ -294,7 +303,7 @@ def backward(
         partial = x.new_empty(tiles, sum(grad.numel() for grad in grads), dtype=torch.float32)
     else:
         grad_preactivations = torch.empty_like(gates)
-    if given_state:
+    if h_first is not None:
         grad_h_first = torch.empty_like(h_first, dtype=torch.float32)
     grad_c_first = torch.empty_like(grad_h_first) if given.c_first is not None else None
     launch(

@@ -100,6 +100,30 @@ def load_weights(
 
 
 @triton.jit
+def hold(weights, COUNT: tl.constexpr, LSTM: tl.constexpr, DTYPE: tl.constexpr):
+    """The same tiles; the first COUNT stay in registers through a loop. The compiler would load a product's first
+    operand from shared memory again in every iteration."""
+    w0 = times_identity(weights[0], COUNT > 0, DTYPE)
+    w1 = times_identity(weights[1], COUNT > 1, DTYPE)
+    w2 = times_identity(weights[2], COUNT > 2, DTYPE)
+    w3 = w2
+    if LSTM:
+        w3 = times_identity(weights[3], COUNT > 3, DTYPE)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def times_identity(weight, APPLY: tl.constexpr, DTYPE: tl.constexpr):
+    """weight, exactly, as a product's result: that is in registers already where a first operand wants it."""
+    if APPLY:
+        rows = tl.arange(0, weight.shape[0])
+        # Not the comparison itself: the interpreter gets bool to bfloat16 wrong.
+        identity = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0).to(DTYPE)
+        weight = round_to(dot(identity, weight, "ieee"), DTYPE)
+    return weight
+
+
+@triton.jit
 def load_biases(
     bias_ih_ptr, bias_hh_ptr, first, offs_u, H, BLOCK_H, LSTM: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
@@ -194,9 +218,10 @@ def product(activations, weights, accumulator, TRANSPOSED: tl.constexpr, PRECISI
 
 @triton.jit
 def outer_product(left, right, accumulator, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):
-    """accumulator + leftᵀ · right, summed over the batch: [k, units] in both orientations."""
+    """accumulator + the sum over the batch of left · rightᵀ, [k, units]; transposed: its transpose, [units, k], so that
+    `right`, another product's result, is the first operand: it is in the layout of one already."""
     if TRANSPOSED:
-        return dot(left, tl.trans(right), PRECISION, accumulator)
+        return dot(right, tl.trans(left), PRECISION, accumulator)
     else:
         return dot(tl.trans(left), right, PRECISION, accumulator)
 
@@ -231,10 +256,12 @@ def state_preactivations(
 
 
 @triton.jit
-def store_weights(ptr, first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, LSTM: tl.constexpr, tiles):
-    """Store the diagonal blocks of [k, units] tiles, gate by gate."""
+def store_weights(
+    ptr, first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, tiles
+):
+    """Store the diagonal blocks of [units, k] tiles if UNITS_FIRST, else of [k, units], gate by gate."""
     GATES: tl.constexpr = 4 if LSTM else 3
-    index, mask = weight_index(first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES, False)
+    index, mask = weight_index(first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES, UNITS_FIRST)
     tl.store(ptr + index, tiles[0], mask=mask)
     tl.store(ptr + index + H * K, tiles[1], mask=mask)
     tl.store(ptr + index + 2 * H * K, tiles[2], mask=mask)

@@ -11,50 +11,78 @@ from fastblocks.kernels.launch import LaunchConfig, config
 # of batch halve the work on the chain (units 16: 12 MUFU and 110 instructions a step; 16 rows of batch in rows: 24 and
 # 166), twice as many programs fill twice as many SMs, and at one warp h reaches its next product by two
 # shuffles, without shared memory. A warp takes 16 units of a gate: preactivations, gates and state share a layout.
+#
+# HELD: of how many gates the weights stay in registers through the loop (`cell.hold`). The compiler would load each of
+# them from shared memory in every step, half of a step's cycles at 128 units. There they are 64 registers a thread and
+# gate: as many are held as spill nothing.
+#
+# Stages: a load from device memory takes 600 cycles, and a step of 16 units half as many.
 FORWARD = {
-    16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
-    32: config(1, 3, BLOCK_B=8, TRANSPOSED=1),  # 80 registers per thread; a second warp would need a barrier per step
-    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
-    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),  # 96 KB of weights: one program per SM
+    16: config(1, 4, BLOCK_B=8, TRANSPOSED=1, HELD=4),
+    32: config(1, 3, BLOCK_B=8, TRANSPOSED=1, HELD=0),  # held they spill; a second warp would need a barrier per step
+    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1, HELD=4),
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=3),  # 96 KB of weights: one program per SM
 }
 BACKWARD = {
-    16: config(1, 3, BLOCK_B=8, TRANSPOSED=1),
-    32: config(2, 3, BLOCK_B=8, TRANSPOSED=1),
-    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1),
-    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1),
+    16: config(1, 3, BLOCK_B=8, TRANSPOSED=1, HELD=4),
+    32: config(2, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2),
+    64: config(4, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2),
+    128: config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=3),
 }
-# With a first state, three stages of an LSTM need 164 KB, 1 more than sm_80 has.
-BACKWARD_STATE_128 = config(8, 2, BLOCK_B=8, TRANSPOSED=1)
-# By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least.
+# A first state takes registers, too; without one, forward spills 56 bytes a thread with Triton 3.6.
+LSTM_128_FEWER_HELD = config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=2)
+# sm_80: the same code takes more registers there, and three stages of an LSTM's backward need 164 KB of shared
+# memory, 1 more than there is.
+SM_80_128 = config(8, 3, BLOCK_B=8, TRANSPOSED=1, HELD=1)
+SM_80_LSTM_BACKWARD_128 = config(8, 2, BLOCK_B=8, TRANSPOSED=1, HELD=1)
+# By units and LSTM. The weights' gradients are sums over the batch, a product's inner dimension: 16 rows at least. They
+# are accumulated in registers, which leaves none to hold weights.
 BACKWARD_FUSED = {
-    (16, False): config(1, 3, BLOCK_B=16, TRANSPOSED=1),  # 171 registers per thread, with two groups of 8 units 254
-    (16, True): config(4, 2, BLOCK_B=16, TRANSPOSED=1),  # two warps spill 8 bytes on sm_80 with two groups of 8 units
-    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0),  # transposed, two of the four warps would duplicate the others
-    (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0),
+    (16, False): config(1, 4, BLOCK_B=16, TRANSPOSED=1, HELD=0),  # 32 inputs take 255 registers per thread
+    (16, True): config(1, 3, BLOCK_B=16, TRANSPOSED=1, HELD=0),
+    (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0, HELD=0),  # transposed, two warps would duplicate the others
+    (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0, HELD=0),
 }
+# With 32 inputs one or two warps spill, and four with 16 rows are two waves of programs at the standard size.
+BACKWARD_FUSED_LSTM_32_INPUTS = config(4, 3, BLOCK_B=32, TRANSPOSED=1, HELD=0)
+BACKWARD_FUSED_32_INPUTS_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)  # a GRU's one warp spills here, too
 # IEEE float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed they
 # take a third to a quarter of the loads. As many warps as keep the accumulators in registers.
 FLOAT32 = {
-    16: config(4, 2, BLOCK_B=8, TRANSPOSED=0),  # one warp spills with two groups of 16 inputs
-    32: config(4, 2, BLOCK_B=8, TRANSPOSED=0),
-    64: config(8, 2, BLOCK_B=8, TRANSPOSED=0),
+    16: config(4, 2, BLOCK_B=8, TRANSPOSED=0, HELD=0),  # one warp spills with two groups of 16 inputs
+    32: config(4, 2, BLOCK_B=8, TRANSPOSED=0, HELD=0),
+    64: config(8, 2, BLOCK_B=8, TRANSPOSED=0, HELD=0),
 }
-FLOAT32_BACKWARD_FUSED = {16: config(8, 2, BLOCK_B=16, TRANSPOSED=0)}  # LSTM at 4 warps: 255 registers per thread
+# An LSTM at 4 warps takes 255 registers per thread; a second stage spills and is not faster.
+FLOAT32_BACKWARD_FUSED = {16: config(8, 1, BLOCK_B=16, TRANSPOSED=0, HELD=0)}
 
 
-def time_loop(units: int, lstm: bool, backward: bool, fused: bool, float32: bool, state: bool = False) -> LaunchConfig:
-    """A time loop's configuration; `state`: it starts from a given state."""
+def time_loop(
+    units: int,
+    inputs: int,
+    lstm: bool,
+    backward: bool,
+    fused: bool,
+    float32: bool,
+    architecture: str,
+    state: bool = False,
+) -> LaunchConfig:
+    """A time loop's configuration; `units`, `inputs`: its tile's; `state`: it starts from a given state."""
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
-    if backward:
-        if fused:
-            return BACKWARD_FUSED[units, lstm]
-        return BACKWARD_STATE_128 if state and lstm and units == 128 else BACKWARD[units]
-    return FORWARD[units]
+    if backward and fused:
+        if units == 16 and inputs == 32 and (lstm or state):
+            return BACKWARD_FUSED_32_INPUTS_STATE if state else BACKWARD_FUSED_LSTM_32_INPUTS
+        return BACKWARD_FUSED[units, lstm]
+    if units == 128 and architecture == "sm_80":
+        return SM_80_LSTM_BACKWARD_128 if backward and lstm else SM_80_128
+    if units == 128 and lstm and (state or (runtime.VERSION < (3, 7) and not backward)):
+        return LSTM_128_FEWER_HELD
+    return (BACKWARD if backward else FORWARD)[units]
 
 
 # Bytes of shared memory of the kernel that needs most, an LSTM's backward, by units, as Triton 3.7 reports them.
-SHARED, SHARED_FLOAT32 = {32: 45056, 64: 51200, 128: 155648}, {32: 39936, 64: 90112}
+SHARED, SHARED_FLOAT32 = {32: 45056, 64: 51200, 128: 163840}, {32: 39936, 64: 90112}
 
 
 def largest_hidden(architecture: str, float32: bool) -> int:

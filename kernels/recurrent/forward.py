@@ -15,6 +15,7 @@ from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
     across,
     activate,
+    hold,
     input_preactivations,
     load_biases,
     load_float,
@@ -72,6 +73,7 @@ def _grouped_rnn_forward_kernel(
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    HELD: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
@@ -120,6 +122,9 @@ def _grouped_rnn_forward_kernel(
         biases = load_biases(bias_ih_ptr, bias_hh_ptr, first, offs_u, H, BLOCK_H, LSTM, TRANSPOSED)
     u = load_weights(weight_hh_ptr, first, offs_u, offs_u, H, BLOCK_H, H, BLOCK_H, LSTM, TRANSPOSED, DTYPE)
 
+    u = hold(u, HELD, LSTM, DTYPE)
+    if FUSED:
+        w = hold(w, HELD, LSTM, DTYPE)
     h = tl.zeros(SHAPE, tl.float32)
     c = tl.zeros(SHAPE, tl.float32)
     if h_first_ptr is not None:
@@ -128,12 +133,20 @@ def _grouped_rnn_forward_kernel(
             c = load_float(c_first_ptr + state_index, mask)
 
     # The critical path from h to h is U h, the gates and the update: W x of step s + 1 is computed (or, unless FUSED,
-    # loaded) during step s.
+    # loaded) during step s. U h follows h at once, at the end of the step before, for fewer barriers; float32 has no
+    # registers to carry it.
+    EARLY: tl.constexpr = TRANSPOSED
     t = start.to(tl.int64)
     if FUSED:
         x = round_to(load_padded(x_ptrs + t * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
         s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+    else:
+        nothing = tl.zeros(SHAPE, tl.float32)
+        s0, s1, s2, s3 = nothing, nothing, nothing, nothing
     rounded = round_to(h, DTYPE)
+    preactivations = (s0, s1, s2, s3)
+    if EARLY:
+        preactivations = state_preactivations(rounded, u, preactivations, LSTM, TRANSPOSED, PRECISION)
     for s in tl.range(0, length, num_stages=STAGES):
         t = (start + s * step).to(tl.int64)
         if FUSED:
@@ -141,12 +154,15 @@ def _grouped_rnn_forward_kernel(
             x = round_to(load_padded(x_ptrs + ahead * stride_x_t, mask_i, BLOCK_I != I), DTYPE)
         else:
             low, high = load_quads(gates_ptrs + t * stride_g_t, mask_u, BLOCK_H != H, DTYPE)
-            s0, s1, s2, s3 = unpack(low, high, DTYPE)
-            s0 += biases[0]
-            s1 += biases[1]
-            s2 += biases[2]
-            s3 += biases[3]
-        preactivations = state_preactivations(rounded, u, (s0, s1, s2, s3), LSTM, TRANSPOSED, PRECISION)
+            x0, x1, x2, x3 = unpack(low, high, DTYPE)
+            preactivations = (
+                preactivations[0] + (x0 + biases[0]),
+                preactivations[1] + (x1 + biases[1]),
+                preactivations[2] + (x2 + biases[2]),
+                preactivations[3] + (x3 + biases[3]),
+            )
+        if not EARLY:
+            preactivations = state_preactivations(rounded, u, preactivations, LSTM, TRANSPOSED, PRECISION)
         g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
         if LSTM:
             c = g1 * c + g0 * g2
@@ -161,6 +177,9 @@ def _grouped_rnn_forward_kernel(
             tl.store(cell_ptrs + t * stride_c_t, round_to(c, DTYPE), mask=mask)
         if FUSED:
             s0, s1, s2, s3 = input_preactivations(x, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
+        preactivations = (s0, s1, s2, s3)
+        if EARLY:
+            preactivations = state_preactivations(rounded, u, preactivations, LSTM, TRANSPOSED, PRECISION)
     tl.store(h_last_ptr + state_index, rounded, mask=mask)
     if LSTM:
         tl.store(c_last_ptr + state_index, round_to(c, DTYPE), mask=mask)
@@ -250,6 +269,14 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
+def launch_config(given: Inputs, sizes: Sizes, shared: dict, dtype: torch.dtype, backward: bool) -> LaunchConfig:
+    """The time loop's configuration; `shared`: `launch_arguments`."""
+    units, inputs = (shared["PACK"] * shared[block] for block in ("BLOCK_H", "BLOCK_I"))
+    architecture, state = runtime.architecture(given.x.device), given.h_first is not None
+    float32 = dtype == torch.float32
+    return at_least(table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state))
+
+
 def at_least(config: LaunchConfig) -> LaunchConfig:
     """The configuration with BLOCK_B raised to the least that this Triton takes."""
     return config if config["BLOCK_B"] >= LEAST_COLUMNS else config.with_(BLOCK_B=LEAST_COLUMNS)
@@ -283,8 +310,7 @@ def forward(
             gates = x.new_empty((sizes.groups, rows, sizes.directions, sizes.hidden, 4), dtype=dtype)
         project(x, quad_weight(given.weight_ih, sizes.hidden, dtype), out=gates.view(sizes.groups, rows, -1))
     shared = launch_arguments(given, sizes, y, gates, cell)
-    units = shared["PACK"] * shared["BLOCK_H"]
-    config = at_least(table.time_loop(units, sizes.lstm, False, sizes.fused, dtype == torch.float32))
+    config = launch_config(given, sizes, shared, dtype, backward=False)
     launch(
         _grouped_rnn_forward_kernel,
         (sizes.groups // shared["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),),
