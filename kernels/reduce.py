@@ -11,19 +11,11 @@ SUM_ROWS = config(4, BLOCK_S=32, BLOCK_N=128)  # 32 loads per thread in flight
 
 @triton.jit
 def _sum_rows_kernel(
-    partial_ptr,
-    out0_ptr,
-    out1_ptr,
-    out2_ptr,
-    out3_ptr,
+    partial_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr,
     rows,
-    END0: tl.constexpr,
-    END1: tl.constexpr,
-    END2: tl.constexpr,
-    END3: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    END0: tl.constexpr, END1: tl.constexpr, END2: tl.constexpr, END3: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Sums partial (rows, END3) float32 over its rows in order; columns [END0, END1) go to out1, and so on.
 
     END0 … END3: where each output's columns end; an unused output is empty. grid (blocks of columns,).
@@ -53,12 +45,9 @@ def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
     """Sums `partial` (rows, columns) over its rows; consecutive columns fill `outs`, 1 to 4 contiguous tensors."""
     ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
     launch(
-        _sum_rows_kernel,
-        (cdiv(ends[3], SUM_ROWS["BLOCK_N"]),),
-        SUM_ROWS,
-        like=partial,
+        _sum_rows_kernel, (cdiv(ends[3], SUM_ROWS["BLOCK_N"]),), SUM_ROWS, like=partial,
         partial_ptr=partial,
         **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
         rows=partial.shape[0],
         **{f"END{i}": end for i, end in enumerate(ends)},
-    )
+    )  # fmt: skip

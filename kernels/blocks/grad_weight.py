@@ -16,17 +16,12 @@ from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
 @triton.jit
 def _linear_grad_weight_kernel(
-    grad_out_ptr,
-    x_ptr,
-    partial_ptr,
+    grad_out_ptr, x_ptr, partial_ptr,
     n_rows,
     stride_slab,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (slabs, blocks of OUT): tiles of rows are dealt to slabs in turn."""
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_C)
@@ -55,15 +50,9 @@ def grad_weight(grad_out: Tensor, x: Tensor, partial: Tensor) -> None:
     if outputs <= chosen["BLOCK_N"]:  # in one block a third of the SMs would have a program: 33 µs instead of 22
         chosen = chosen.with_(BLOCK_N=max(16, power_of_two(outputs) // 2))
     launch(
-        _linear_grad_weight_kernel,
-        (partial.shape[0], cdiv(outputs, chosen["BLOCK_N"])),
-        chosen,
-        like=x,
-        grad_out_ptr=grad_out,
-        x_ptr=x,
-        partial_ptr=partial,
+        _linear_grad_weight_kernel, (partial.shape[0], cdiv(outputs, chosen["BLOCK_N"])), chosen, like=x,
+        grad_out_ptr=grad_out, x_ptr=x, partial_ptr=partial,
         n_rows=n_rows,
         stride_slab=partial.stride(0),
-        C=channels,
-        OUT=outputs,
-    )
+        C=channels, OUT=outputs,
+    )  # fmt: skip

@@ -44,24 +44,11 @@ def sigmoid(x, HARDWARE: tl.constexpr):
 
 @triton.jit
 def _block_mlp_forward_kernel(
-    addend_ptr,
-    weight_out_ptr,
-    x_ptr,
-    weight_ptr,
-    y_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    n_rows,
-    eps,
-    C: tl.constexpr,
-    F_PAD: tl.constexpr,
-    HAS_PRODUCT: tl.constexpr,
-    KEEP: tl.constexpr,
-    HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    addend_ptr, weight_out_ptr, x_ptr, weight_ptr, y_ptr, normalized_ptr, rstd_ptr,
+    n_rows, eps,
+    C: tl.constexpr, F_PAD: tl.constexpr, HAS_PRODUCT: tl.constexpr, KEEP: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows,).
 
     HAS_PRODUCT: of the addend and weight_out. KEEP: store x̂ and rstd; always without a product, where x̂ is read back,
@@ -120,22 +107,10 @@ def forward(
     n_rows, channels = x.shape
     chosen = config.launch_config("block_mlp_forward", x, weight)
     launch(
-        _block_mlp_forward_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]),),
-        chosen,
-        like=x,
-        addend_ptr=addend,
-        weight_out_ptr=weight_out,
-        x_ptr=x,
-        weight_ptr=weight,
-        y_ptr=y,
-        normalized_ptr=normalized,
+        _block_mlp_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=x,
+        addend_ptr=addend, weight_out_ptr=weight_out, x_ptr=x, weight_ptr=weight, y_ptr=y, normalized_ptr=normalized,
         rstd_ptr=rstd,
-        n_rows=n_rows,
-        eps=eps,
-        C=channels,
-        F_PAD=weight.shape[1],
-        HAS_PRODUCT=weight_out is not None,
-        KEEP=normalized is not None,
+        n_rows=n_rows, eps=eps,
+        C=channels, F_PAD=weight.shape[1], HAS_PRODUCT=weight_out is not None, KEEP=normalized is not None,
         HARDWARE=hardware_sigmoid(x),
-    )
+    )  # fmt: skip

@@ -33,26 +33,12 @@ def _swiglu_backward(gate, up, grad, HARDWARE: tl.constexpr):
 
 @triton.jit
 def _block_mlp_grad_x_kernel(
-    grad_y_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    weight_ptr,
-    weight_out_ptr,
-    grad_m_ptr,
-    grad_addend_ptr,
-    narrow_ptr,
-    grad_gate_up_ptr,
-    hidden_ptr,
+    grad_y_ptr, normalized_ptr, rstd_ptr, weight_ptr, weight_out_ptr, grad_m_ptr, grad_addend_ptr, narrow_ptr,
+    grad_gate_up_ptr, hidden_ptr,
     n_rows,
-    C: tl.constexpr,
-    F_PAD: tl.constexpr,
-    HAS_PRODUCT: tl.constexpr,
-    NARROW: tl.constexpr,
-    HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, F_PAD: tl.constexpr, HAS_PRODUCT: tl.constexpr, NARROW: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows,). HAS_PRODUCT: grad_addend is grad_m W_out, else grad_m. NARROW: the products have another
     dtype than grad_y, which is also stored in that and read back as an operand in shared memory. grad_gate_up_ptr (N,
     2F'), hidden_ptr (N, F'): for the weights' gradients as products of their own, or None."""
@@ -105,19 +91,12 @@ def _block_mlp_grad_x_kernel(
 
 @triton.jit
 def _block_mlp_grad_weight_kernel(
-    grad_y_ptr,
-    normalized_ptr,
-    weight_ptr,
-    partial_ptr,
+    grad_y_ptr, normalized_ptr, weight_ptr, partial_ptr,
     n_rows,
     stride_slab,
-    C: tl.constexpr,
-    F_PAD: tl.constexpr,
-    HARDWARE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, F_PAD: tl.constexpr, HARDWARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (slabs, blocks of F_PAD): tiles of rows are dealt to slabs in turn.
 
     Hidden units lie in rows, so that their gradients go from accumulators to operands within registers.
@@ -171,27 +150,14 @@ def grad_x(
     n_rows, channels = normalized.shape
     chosen = config.launch_config("block_mlp_grad_x", grad_y, weight)
     launch(
-        _block_mlp_grad_x_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]),),
-        chosen,
-        like=normalized,
-        grad_y_ptr=grad_y,
-        normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        weight_ptr=weight,
-        weight_out_ptr=weight_out,
-        grad_m_ptr=grad_m,
-        grad_addend_ptr=grad_addend,
-        narrow_ptr=narrow,
-        grad_gate_up_ptr=grad_gate_up,
+        _block_mlp_grad_x_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=normalized,
+        grad_y_ptr=grad_y, normalized_ptr=normalized, rstd_ptr=rstd, weight_ptr=weight, weight_out_ptr=weight_out,
+        grad_m_ptr=grad_m, grad_addend_ptr=grad_addend, narrow_ptr=narrow, grad_gate_up_ptr=grad_gate_up,
         hidden_ptr=hidden,
         n_rows=n_rows,
-        C=channels,
-        F_PAD=weight.shape[1],
-        HAS_PRODUCT=weight_out is not None,
-        NARROW=narrow is not None,
+        C=channels, F_PAD=weight.shape[1], HAS_PRODUCT=weight_out is not None, NARROW=narrow is not None,
         HARDWARE=hardware_sigmoid(normalized),
-    )
+    )  # fmt: skip
 
 
 def grad_weight(grad_y: Tensor, normalized: Tensor, weight: Tensor, partial: Tensor) -> None:
@@ -199,17 +165,10 @@ def grad_weight(grad_y: Tensor, normalized: Tensor, weight: Tensor, partial: Ten
     n_rows, channels = normalized.shape
     chosen = config.launch_config("block_mlp_grad_weight", grad_y, weight)
     launch(
-        _block_mlp_grad_weight_kernel,
-        (partial.shape[0], cdiv(weight.shape[1], chosen["BLOCK_F"])),
-        chosen,
+        _block_mlp_grad_weight_kernel, (partial.shape[0], cdiv(weight.shape[1], chosen["BLOCK_F"])), chosen,
         like=normalized,
-        grad_y_ptr=grad_y,
-        normalized_ptr=normalized,
-        weight_ptr=weight,
-        partial_ptr=partial,
+        grad_y_ptr=grad_y, normalized_ptr=normalized, weight_ptr=weight, partial_ptr=partial,
         n_rows=n_rows,
         stride_slab=partial.stride(0),
-        C=channels,
-        F_PAD=weight.shape[1],
-        HARDWARE=hardware_sigmoid(normalized),
-    )
+        C=channels, F_PAD=weight.shape[1], HARDWARE=hardware_sigmoid(normalized),
+    )  # fmt: skip

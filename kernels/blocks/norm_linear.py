@@ -22,19 +22,11 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 
 @triton.jit
 def _norm_linear_forward_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    n_rows,
-    eps,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, weight_ptr, out_ptr, normalized_ptr, rstd_ptr,
+    n_rows, eps,
+    C: tl.constexpr, OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows,)."""
     start_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -66,20 +58,11 @@ def _norm_linear_forward_kernel(
 
 @triton.jit
 def _norm_linear_grad_x_kernel(
-    grad_out_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    weight_ptr,
-    residual_ptr,
-    grad_x_ptr,
+    grad_out_ptr, normalized_ptr, rstd_ptr, weight_ptr, residual_ptr, grad_x_ptr,
     n_rows,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, OUT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows,). residual: the gradient that reaches x past the norm."""
     start_m = tl.program_id(0).to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -114,20 +97,11 @@ def forward(x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Te
     n_rows, channels = rstd.shape[0], weight.shape[1]
     chosen = config.launch_config("norm_linear_forward", x, weight)
     launch(
-        _norm_linear_forward_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]),),
-        chosen,
-        like=x,
-        x_ptr=x,
-        weight_ptr=weight,
-        out_ptr=out,
-        normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        n_rows=n_rows,
-        eps=eps,
-        C=channels,
-        OUT=weight.shape[0],
-    )
+        _norm_linear_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=x,
+        x_ptr=x, weight_ptr=weight, out_ptr=out, normalized_ptr=normalized, rstd_ptr=rstd,
+        n_rows=n_rows, eps=eps,
+        C=channels, OUT=weight.shape[0],
+    )  # fmt: skip
 
 
 def grad_x(
@@ -137,18 +111,9 @@ def grad_x(
     n_rows, channels = rstd.shape[0], weight.shape[1]
     chosen = config.launch_config("norm_linear_grad_x", grad_x, weight)
     launch(
-        _norm_linear_grad_x_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]),),
-        chosen,
-        like=normalized,
-        grad_out_ptr=grad_out,
-        normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        weight_ptr=weight,
-        residual_ptr=residual,
+        _norm_linear_grad_x_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=normalized,
+        grad_out_ptr=grad_out, normalized_ptr=normalized, rstd_ptr=rstd, weight_ptr=weight, residual_ptr=residual,
         grad_x_ptr=grad_x,
         n_rows=n_rows,
-        C=channels,
-        OUT=weight.shape[0],
-        HAS_RESIDUAL=residual is not None,
-    )
+        C=channels, OUT=weight.shape[0], HAS_RESIDUAL=residual is not None,
+    )  # fmt: skip

@@ -30,21 +30,11 @@ PAD = 32  # hidden units: every BLOCK_F of the forward and grad_x kernels divide
 
 @triton.jit
 def _pack_kernel(
-    weight_qkv_ptr,
-    weight_out_ptr,
-    weight_gate_ptr,
-    weight_up_ptr,
-    weight_down_ptr,
-    scale_attention_ptr,
-    scale_mlp_ptr,
-    packed_ptr,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    F_PAD: tl.constexpr,
-    HAS_ATTENTION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    weight_qkv_ptr, weight_out_ptr, weight_gate_ptr, weight_up_ptr, weight_down_ptr, scale_attention_ptr,
+    scale_mlp_ptr, packed_ptr,
+    C: tl.constexpr, F: tl.constexpr, F_PAD: tl.constexpr, HAS_ATTENTION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of max(3C, F_PAD) rows, blocks of columns): a program takes the same rows of every part."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -85,29 +75,13 @@ def _sum_slabs(partial_ptr, offs, mask, slabs, stride_slab, BLOCK_S: tl.constexp
 
 @triton.jit
 def _unpack_kernel(
-    partial_ptr,
-    weight_qkv_ptr,
-    weight_gate_ptr,
-    weight_up_ptr,
-    scale_attention_ptr,
-    scale_mlp_ptr,
-    grad_qkv_ptr,
-    grad_out_ptr,
-    grad_gate_ptr,
-    grad_up_ptr,
-    grad_down_ptr,
-    grad_scales_ptr,
-    slabs_qkv,
-    slabs_rest,
+    partial_ptr, weight_qkv_ptr, weight_gate_ptr, weight_up_ptr, scale_attention_ptr, scale_mlp_ptr, grad_qkv_ptr,
+    grad_out_ptr, grad_gate_ptr, grad_up_ptr, grad_down_ptr, grad_scales_ptr,
+    slabs_qkv, slabs_rest,
     stride_slab,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    F_PAD: tl.constexpr,
-    HAS_ATTENTION: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, F: tl.constexpr, F_PAD: tl.constexpr, HAS_ATTENTION: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of max(3C, F) rows, blocks of columns): a program takes the same rows of every part.
 
     grad_scales (blocks of rows, 2C or C) gets their share of the scales' gradients: attention's, then the MLP's.
@@ -188,23 +162,11 @@ def pack(
     chosen = config.pack(channels)
     rows = max(3 * channels if attention else 0, padded(hidden))
     launch(
-        _pack_kernel,
-        (cdiv(rows, chosen["BLOCK_R"]), cdiv(channels, chosen["BLOCK_C"])),
-        chosen,
-        like=packed,
-        weight_qkv_ptr=weight_qkv,
-        weight_out_ptr=weight_out,
-        weight_gate_ptr=weight_gate,
-        weight_up_ptr=weight_up,
-        weight_down_ptr=weight_down,
-        scale_attention_ptr=scale_attention,
-        scale_mlp_ptr=scale_mlp,
-        packed_ptr=packed,
-        C=channels,
-        F=hidden,
-        F_PAD=padded(hidden),
-        HAS_ATTENTION=attention,
-    )
+        _pack_kernel, (cdiv(rows, chosen["BLOCK_R"]), cdiv(channels, chosen["BLOCK_C"])), chosen, like=packed,
+        weight_qkv_ptr=weight_qkv, weight_out_ptr=weight_out, weight_gate_ptr=weight_gate, weight_up_ptr=weight_up,
+        weight_down_ptr=weight_down, scale_attention_ptr=scale_attention, scale_mlp_ptr=scale_mlp, packed_ptr=packed,
+        C=channels, F=hidden, F_PAD=padded(hidden), HAS_ATTENTION=attention,
+    )  # fmt: skip
 
 
 def unpack(
@@ -230,29 +192,13 @@ def unpack(
     scales = 2 if attention else 1
     grad_scales = torch.empty((blocks_r, scales * channels), dtype=torch.float32, device=partial.device)
     launch(
-        _unpack_kernel,
-        (blocks_r, cdiv(channels, chosen["BLOCK_C"])),
-        chosen,
-        like=partial,
-        partial_ptr=partial,
-        weight_qkv_ptr=weight_qkv,
-        weight_gate_ptr=weight_gate,
-        weight_up_ptr=weight_up,
-        scale_attention_ptr=scale_attention,
-        scale_mlp_ptr=scale_mlp,
-        grad_qkv_ptr=grads[0],
-        grad_out_ptr=grads[1],
-        grad_gate_ptr=grads[2],
-        grad_up_ptr=grads[3],
-        grad_down_ptr=grads[4],
-        grad_scales_ptr=grad_scales,
-        slabs_qkv=slabs_qkv,
-        slabs_rest=slabs_rest,
+        _unpack_kernel, (blocks_r, cdiv(channels, chosen["BLOCK_C"])), chosen, like=partial,
+        partial_ptr=partial, weight_qkv_ptr=weight_qkv, weight_gate_ptr=weight_gate, weight_up_ptr=weight_up,
+        scale_attention_ptr=scale_attention, scale_mlp_ptr=scale_mlp, grad_qkv_ptr=grads[0], grad_out_ptr=grads[1],
+        grad_gate_ptr=grads[2], grad_up_ptr=grads[3], grad_down_ptr=grads[4], grad_scales_ptr=grad_scales,
+        slabs_qkv=slabs_qkv, slabs_rest=slabs_rest,
         stride_slab=partial.stride(0),
-        C=channels,
-        F=hidden,
-        F_PAD=padded(hidden),
-        HAS_ATTENTION=attention,
-    )
+        C=channels, F=hidden, F_PAD=padded(hidden), HAS_ATTENTION=attention,
+    )  # fmt: skip
     sum_rows(grad_scales, grads[-scales:])
     return grads

@@ -40,19 +40,12 @@ FUSED_BACKWARD_CHANNELS = 64  # above, the weights' gradients keep a tenth of th
 
 @triton.jit
 def _finish_kernel(
-    product_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    S,
-    blocks_s,
-    stride_residual_b,
-    stride_residual_c,
-    stride_residual_s,
+    product_ptr, bias_ptr, residual_ptr, y_ptr,
+    S, blocks_s,
+    stride_residual_b, stride_residual_c, stride_residual_s,
     C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """y (B, C, S) = product (B·S, C) + bias + residual, transposed. grid (B · blocks of S, blocks of C)."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     start_s = tl.program_id(0) % blocks_s * BLOCK_S
@@ -73,19 +66,12 @@ def _finish_kernel(
 
 @triton.jit
 def _to_rows_kernel(
-    grad_y_ptr,
-    rows_ptr,
-    partial_ptr,
-    S,
-    blocks_s,
-    n_tiles,
-    stride_grad_y_b,
-    stride_grad_y_c,
-    stride_grad_y_s,
+    grad_y_ptr, rows_ptr, partial_ptr,
+    S, blocks_s, n_tiles,
+    stride_grad_y_b, stride_grad_y_c, stride_grad_y_s,
     C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grad_y (B, C, S) to rows (B·S, C); each split's sum over positions to partial (splits, C).
 
     grid (splits, blocks of C); splits share the n_tiles = B · blocks_s tiles of positions in turn.
@@ -107,16 +93,11 @@ def _to_rows_kernel(
 
 @triton.jit
 def _grad_activation_kernel(
-    pre_ptr,
-    grad_ptr,
-    hidden_ptr,
-    partial_ptr,
+    pre_ptr, grad_ptr, hidden_ptr, partial_ptr,
     n_rows,
-    F: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    F: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """Recomputes hidden from pre (both (n_rows, F)); grad_ptr holds d hidden, replaced by d pre; each split's sum of d
     pre goes to partial (splits, F). grid (splits, blocks of F)."""
     offs_f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -185,19 +166,12 @@ def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     positions, config = flat_y.shape[2], table.transposing(c_out)
     blocks_s = cdiv(positions, config["BLOCK_S"])
     launch(
-        _finish_kernel,
-        (batch * blocks_s, cdiv(c_out, config["BLOCK_C"])),
-        config,
-        like=x,
-        product_ptr=product,
-        bias_ptr=bias2,
-        residual_ptr=residual,
-        y_ptr=y,
-        S=positions,
-        blocks_s=blocks_s,
+        _finish_kernel, (batch * blocks_s, cdiv(c_out, config["BLOCK_C"])), config, like=x,
+        product_ptr=product, bias_ptr=bias2, residual_ptr=residual, y_ptr=y,
+        S=positions, blocks_s=blocks_s,
         **strides("residual", residual, "bcs"),
         C=c_out,
-    )
+    )  # fmt: skip
 
 
 def _backward(grads, needs, x, weight1, bias1, weight2, bias2, residual, dtype, pre):
@@ -247,19 +221,12 @@ def _to_rows(grad_y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     splits = table.splits(runtime.sm_count(grad_y.device), batch * blocks_s, blocks_c)
     partial = torch.empty((splits, c_out), dtype=torch.float32, device=grad_y.device)
     launch(
-        _to_rows_kernel,
-        (splits, blocks_c),
-        config,
-        like=grad_y,
-        grad_y_ptr=grad_y,
-        rows_ptr=rows,
-        partial_ptr=partial,
-        S=positions,
-        blocks_s=blocks_s,
-        n_tiles=batch * blocks_s,
+        _to_rows_kernel, (splits, blocks_c), config, like=grad_y,
+        grad_y_ptr=grad_y, rows_ptr=rows, partial_ptr=partial,
+        S=positions, blocks_s=blocks_s, n_tiles=batch * blocks_s,
         **strides("grad_y", grad_y, "bcs"),
         C=c_out,
-    )
+    )  # fmt: skip
     return rows, partial
 
 
@@ -272,18 +239,11 @@ def _through_activation(pre: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     splits = table.splits(runtime.sm_count(pre.device), cdiv(n_rows, config["BLOCK_M"]), blocks_f)
     partial = torch.empty((splits, hidden_units), dtype=torch.float32, device=pre.device)
     launch(
-        _grad_activation_kernel,
-        (splits, blocks_f),
-        config,
-        like=pre,
-        pre_ptr=pre,
-        grad_ptr=grad,
-        hidden_ptr=hidden,
-        partial_ptr=partial,
+        _grad_activation_kernel, (splits, blocks_f), config, like=pre,
+        pre_ptr=pre, grad_ptr=grad, hidden_ptr=hidden, partial_ptr=partial,
         n_rows=n_rows,
-        F=hidden_units,
-        EXACT=pre.dtype == torch.float32,
-    )
+        F=hidden_units, EXACT=pre.dtype == torch.float32,
+    )  # fmt: skip
     return hidden, partial
 
 

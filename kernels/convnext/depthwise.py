@@ -70,16 +70,9 @@ def _pack(parts, N: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc,
-    x,
-    weights,
-    valid,
-    D: tl.constexpr,
-    STEP: tl.constexpr,
-    TAPS: tl.constexpr,
-    GUARD: tl.constexpr,
-    RUN: tl.constexpr,
-):
+    acc, x, weights, valid,
+    D: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr, GUARD: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
     """Adds input number D of a run, times its tap, to every output of the run that it reaches."""
     updated = ()
     for f in tl.static_range(RUN):
@@ -95,45 +88,16 @@ def _accumulate(
 
 @triton.jit
 def _conv_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    y_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    H,
-    W,
-    H_OUT,
-    W_OUT,
-    blocks_h,
-    blocks_w,
-    stride_x_b,
-    stride_x_c,
-    stride_x_h,
-    stride_x_w,
-    stride_y_b,
-    stride_y_c,
-    stride_y_h,
-    stride_y_w,
-    stride_weight_c,
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, normalized_ptr, rstd_ptr,
+    H, W, H_OUT, W_OUT, blocks_h, blocks_w,
+    stride_x_b, stride_x_c, stride_x_h, stride_x_w, stride_y_b, stride_y_c, stride_y_h, stride_y_w, stride_weight_c,
     stride_weight_k,
     eps,
-    C: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INDEX_INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TAPS: tl.constexpr, VECTOR: tl.constexpr, INDEX_INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN: tl.constexpr,
-):
+):  # fmt: skip
     """grid (B · blocks_h · blocks_w · phases, blocks of C), phases fastest (1 unless TRANSPOSED).
 
     x, y: (B, C, H, W) by strides. weight: (C, taps) by strides. With norm_weight a block holds all channels, and y is
@@ -304,38 +268,16 @@ def convolve(
     blocks_w = -(-width_out // (gaps[1] * config["BLOCK_W"] * config["RUN"]))
     grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // config["BLOCK_C"]))
     launch(
-        _conv_kernel,
-        grid,
-        config,
-        like=x,
-        x_ptr=x,
-        weight_ptr=weight,
-        bias_ptr=bias,
-        norm_weight_ptr=norm_weight,
-        norm_bias_ptr=norm_bias,
-        y_ptr=y,
-        normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        H=height,
-        W=width,
-        H_OUT=height_out,
-        W_OUT=width_out,
-        blocks_h=blocks_h,
-        blocks_w=blocks_w,
-        **strides("x", x, "bchw"),
-        **strides("y", y, "bchw"),
-        **strides("weight", weight, "ck"),
+        _conv_kernel, grid, config, like=x,
+        x_ptr=x, weight_ptr=weight, bias_ptr=bias, norm_weight_ptr=norm_weight, norm_bias_ptr=norm_bias, y_ptr=y,
+        normalized_ptr=normalized, rstd_ptr=rstd,
+        H=height, W=width, H_OUT=height_out, W_OUT=width_out, blocks_h=blocks_h, blocks_w=blocks_w,
+        **strides("x", x, "bchw"), **strides("y", y, "bchw"), **strides("weight", weight, "ck"),
         eps=eps,
-        C=channels,
-        KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1],
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        TRANSPOSED=transposed,
-        TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS),
-        VECTOR=vector,
+        C=channels, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
+        TRANSPOSED=transposed, TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS), VECTOR=vector,
         INDEX_INT64=max(span(x), span(y)) >= 2**31,
-    )
+    )  # fmt: skip
 
 
 def span(x: Tensor) -> int:

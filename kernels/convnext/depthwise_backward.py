@@ -37,17 +37,11 @@ def _store(ptr, offs, x, mask):
 
 @triton.jit
 def _norm_backward_kernel(
-    grad_y_ptr,
-    normalized_ptr,
-    rstd_ptr,
-    norm_weight_ptr,
-    grad_u_ptr,
-    partial_ptr,
+    grad_y_ptr, normalized_ptr, rstd_ptr, norm_weight_ptr, grad_u_ptr, partial_ptr,
     n_rows,
     C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grad_u (rows, C), and partial (splits, 3, C): each split's sums of dy · x̂, dy and du. grid (splits,)."""
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -76,41 +70,14 @@ def _norm_backward_kernel(
 
 @triton.jit
 def _grad_weight_kernel(
-    x_ptr,
-    grad_u_ptr,
-    weight_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    H,
-    W,
-    H_OUT,
-    W_OUT,
-    blocks_h,
-    blocks_w,
-    n_tiles,
-    n_splits,
-    stride_x_b,
-    stride_x_c,
-    stride_x_h,
-    stride_x_w,
-    stride_grad_x_b,
-    stride_grad_x_c,
-    stride_grad_x_h,
-    stride_grad_x_w,
-    C: tl.constexpr,
-    KERNEL_H: tl.constexpr,
-    KERNEL_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    TAPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    INDEX_INT64: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    x_ptr, grad_u_ptr, weight_ptr, grad_x_ptr, partial_ptr,
+    H, W, H_OUT, W_OUT, blocks_h, blocks_w, n_tiles, n_splits,
+    stride_x_b, stride_x_c, stride_x_h, stride_x_w, stride_grad_x_b, stride_grad_x_c, stride_grad_x_h, stride_grad_x_w,
+    C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TAPS: tl.constexpr, VECTOR: tl.constexpr, INDEX_INT64: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN: tl.constexpr,
-):
+):  # fmt: skip
     """Sums of x · du for TAPS taps of one kernel row, over one split of positions; grad_x, too, where wanted.
 
     grid (splits · phases · kernel rows · chunks of TAPS, blocks of C), chunks fastest. x, grad_x: (B, C, H, W) by
@@ -241,19 +208,11 @@ def _grad_weight_kernel(
 
 @triton.jit
 def _sum_splits_kernel(
-    weight_partial_ptr,
-    norm_partial_ptr,
-    grad_weight_ptr,
-    grad_norm_weight_ptr,
-    grad_norm_bias_ptr,
-    grad_bias_ptr,
-    weight_splits,
-    norm_splits,
-    C: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    weight_partial_ptr, norm_partial_ptr, grad_weight_ptr, grad_norm_weight_ptr, grad_norm_bias_ptr, grad_bias_ptr,
+    weight_splits, norm_splits,
+    C: tl.constexpr, TAPS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Adds the splits' partial sums of the two kernels above. grid (TAPS + 3, blocks of C)."""
     column = tl.program_id(0)  # a tap, or beyond them norm_weight, norm_bias, bias
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -311,19 +270,12 @@ def backward(
     grad_u = torch.empty_like(grad_y)
     norm_partial = torch.empty((norm_splits, 3, channels), dtype=torch.float32, device=x.device)
     launch(
-        _norm_backward_kernel,
-        (norm_splits,),
-        config,
-        like=x,
-        grad_y_ptr=grad_y,
-        normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        norm_weight_ptr=norm_weight,
-        grad_u_ptr=grad_u,
+        _norm_backward_kernel, (norm_splits,), config, like=x,
+        grad_y_ptr=grad_y, normalized_ptr=normalized, rstd_ptr=rstd, norm_weight_ptr=norm_weight, grad_u_ptr=grad_u,
         partial_ptr=norm_partial,
         n_rows=rows,
         C=channels,
-    )
+    )  # fmt: skip
 
     gaps = (1, 1) if transposed else stride
     taps_h, taps_w = (-(-k // gap) for k, gap in zip(kernel, gaps, strict=True))
@@ -346,53 +298,25 @@ def backward(
     taps_all = kernel[0] * kernel[1]
     weight_partial = torch.empty((splits, taps_all, channels), dtype=torch.float32, device=x.device)
     launch(
-        _grad_weight_kernel,
-        (parts * splits, cdiv(channels, config["BLOCK_C"])),
-        config,
-        like=x,
-        x_ptr=x,
-        grad_u_ptr=grad_u,
-        weight_ptr=weight,
-        grad_x_ptr=grad_x if fused else None,
+        _grad_weight_kernel, (parts * splits, cdiv(channels, config["BLOCK_C"])), config, like=x,
+        x_ptr=x, grad_u_ptr=grad_u, weight_ptr=weight, grad_x_ptr=grad_x if fused else None,
         partial_ptr=weight_partial,
-        H=height,
-        W=width,
-        H_OUT=height_out,
-        W_OUT=width_out,
-        blocks_h=blocks_h,
-        blocks_w=blocks_w,
-        n_tiles=batch * blocks_h * blocks_w,
-        n_splits=splits,
-        **strides("x", x, "bchw"),
-        **strides("grad_x", grad_x if fused else None, "bchw"),
-        C=channels,
-        KERNEL_H=kernel[0],
-        KERNEL_W=kernel[1],
-        STRIDE_H=stride[0],
-        STRIDE_W=stride[1],
-        TRANSPOSED=transposed,
-        TAPS=taps,
-        VECTOR=vector,
+        H=height, W=width, H_OUT=height_out, W_OUT=width_out, blocks_h=blocks_h, blocks_w=blocks_w,
+        n_tiles=batch * blocks_h * blocks_w, n_splits=splits,
+        **strides("x", x, "bchw"), **strides("grad_x", grad_x if fused else None, "bchw"),
+        C=channels, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
+        TRANSPOSED=transposed, TAPS=taps, VECTOR=vector,
         INDEX_INT64=max(span(x), height_out * width_out * channels) >= 2**31,
-    )
+    )  # fmt: skip
     if grad_x is not None and not fused:
         gradient = grad_u.permute(0, 3, 1, 2)
         convolve(gradient, weight.t(), grad_x, kernel=kernel, stride=stride, transposed=not transposed)
 
     config = table.sum_splits(channels)
     launch(
-        _sum_splits_kernel,
-        (taps_all + 3, cdiv(channels, config["BLOCK_C"])),
-        config,
-        like=x,
-        weight_partial_ptr=weight_partial,
-        norm_partial_ptr=norm_partial,
-        grad_weight_ptr=grad_weight,
-        grad_norm_weight_ptr=grad_norm_weight,
-        grad_norm_bias_ptr=grad_norm_bias,
-        grad_bias_ptr=grad_bias,
-        weight_splits=splits,
-        norm_splits=norm_splits,
-        C=channels,
-        TAPS=taps_all,
-    )
+        _sum_splits_kernel, (taps_all + 3, cdiv(channels, config["BLOCK_C"])), config, like=x,
+        weight_partial_ptr=weight_partial, norm_partial_ptr=norm_partial, grad_weight_ptr=grad_weight,
+        grad_norm_weight_ptr=grad_norm_weight, grad_norm_bias_ptr=grad_norm_bias, grad_bias_ptr=grad_bias,
+        weight_splits=splits, norm_splits=norm_splits,
+        C=channels, TAPS=taps_all,
+    )  # fmt: skip

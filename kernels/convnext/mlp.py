@@ -76,31 +76,12 @@ def load_vector(ptr, offs, n):
 
 @triton.jit
 def _mlp_forward_kernel(
-    x_ptr,
-    weight1_ptr,
-    bias1_ptr,
-    weight2_ptr,
-    bias2_ptr,
-    residual_ptr,
-    y_ptr,
-    S,
-    blocks_s,
-    stride_residual_b,
-    stride_residual_c,
-    stride_residual_s,
-    stride_y_b,
-    stride_y_c,
-    stride_y_s,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    C_OUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    INDEX_INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
+    x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, bias2_ptr, residual_ptr, y_ptr,
+    S, blocks_s,
+    stride_residual_b, stride_residual_c, stride_residual_s, stride_y_b, stride_y_c, stride_y_s,
+    C: tl.constexpr, F: tl.constexpr, C_OUT: tl.constexpr, EXACT: tl.constexpr, INDEX_INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
     """grid (B · blocks_s,), with blocks_s tiles of BLOCK_M positions per sample.
 
     weight1: (F, C), weight2: (C_OUT, F), F the hidden units. EXACT: erf, not its approximation.
@@ -135,27 +116,12 @@ def _mlp_forward_kernel(
 
 @triton.jit
 def _mlp_grad_x_kernel(
-    grad_y_ptr,
-    x_ptr,
-    weight1_ptr,
-    bias1_ptr,
-    weight2_ptr,
-    grad_x_ptr,
-    S,
-    blocks_s,
-    stride_grad_y_b,
-    stride_grad_y_c,
-    stride_grad_y_s,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    C_OUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    INDEX_INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
+    grad_y_ptr, x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, grad_x_ptr,
+    S, blocks_s,
+    stride_grad_y_b, stride_grad_y_c, stride_grad_y_s,
+    C: tl.constexpr, F: tl.constexpr, C_OUT: tl.constexpr, EXACT: tl.constexpr, INDEX_INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
     """grid (B · blocks_s,), as forward. Recomputes pre of each chunk of hidden units."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     start_s = tl.program_id(0) % blocks_s * BLOCK_M
@@ -185,28 +151,12 @@ def _mlp_grad_x_kernel(
 
 @triton.jit
 def _mlp_grad_weight_kernel(
-    grad_y_ptr,
-    x_ptr,
-    weight1_ptr,
-    bias1_ptr,
-    weight2_ptr,
-    partial_ptr,
-    S,
-    blocks_s,
-    n_tiles,
-    stride_grad_y_b,
-    stride_grad_y_c,
-    stride_grad_y_s,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    C_OUT: tl.constexpr,
-    EXACT: tl.constexpr,
-    INDEX_INT64: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
+    grad_y_ptr, x_ptr, weight1_ptr, bias1_ptr, weight2_ptr, partial_ptr,
+    S, blocks_s, n_tiles,
+    stride_grad_y_b, stride_grad_y_c, stride_grad_y_s,
+    C: tl.constexpr, F: tl.constexpr, C_OUT: tl.constexpr, EXACT: tl.constexpr, INDEX_INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
+):  # fmt: skip
     """grid (chunks of F, splits); splits share the n_tiles = B · blocks_s tiles of positions in turn.
 
     A row of `partial`, one per split, is [dW1 (F, C) | dW2 (C_out, F) | db1 (F) | db2 (C_out)].
@@ -274,20 +224,12 @@ def fused_forward(
     blocks_s = cdiv(positions, config["BLOCK_M"])
     spans = [c_out * tensor.stride(1) for tensor in (y, residual) if tensor is not None]
     launch(
-        _mlp_forward_kernel,
-        (batch * blocks_s,),
-        config,
-        like=x,
-        **_shared(x, weight1, bias1, weight2),
-        bias2_ptr=bias2,
-        residual_ptr=residual,
-        y_ptr=y,
-        S=positions,
-        blocks_s=blocks_s,
-        **strides("residual", residual, "bcs"),
-        **strides("y", y, "bcs"),
+        _mlp_forward_kernel, (batch * blocks_s,), config, like=x, **_shared(x, weight1, bias1, weight2),
+        bias2_ptr=bias2, residual_ptr=residual, y_ptr=y,
+        S=positions, blocks_s=blocks_s,
+        **strides("residual", residual, "bcs"), **strides("y", y, "bcs"),
         INDEX_INT64=max(spans) >= 2**31,
-    )
+    )  # fmt: skip
 
 
 def fused_backward(
@@ -326,13 +268,9 @@ def fused_backward(
         blocks_s = cdiv(positions, config["BLOCK_M"])
         partial = torch.empty((splits, sum(g.numel() for g in grads)), dtype=torch.float32, device=x.device)
         launch(
-            _mlp_grad_weight_kernel,
-            (cdiv(weight1.shape[0], config["BLOCK_F"]), splits),
-            config,
-            like=x,
+            _mlp_grad_weight_kernel, (cdiv(weight1.shape[0], config["BLOCK_F"]), splits), config, like=x,
             partial_ptr=partial,
-            blocks_s=blocks_s,
-            n_tiles=batch * blocks_s,
+            blocks_s=blocks_s, n_tiles=batch * blocks_s,
             **shared,
-        )
+        )  # fmt: skip
         sum_rows(partial, grads)

@@ -40,41 +40,19 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 
 @triton.jit(do_not_specialize=["batch", "length", "groups"])
 def _grouped_rnn_backward_kernel(
-    grad_y_ptr,
-    grad_h_last_ptr,
-    grad_c_last_ptr,
-    x_ptr,
-    weight_ih_ptr,
-    weight_hh_ptr,
-    h_first_ptr,
-    c_first_ptr,
-    gates_ptr,
-    cell_ptr,
-    y_ptr,
-    grad_x_ptr,
-    grad_preactivations_words_ptr,
-    partial_ptr,
-    grad_h_first_ptr,
+    grad_y_ptr, grad_h_last_ptr, grad_c_last_ptr, x_ptr, weight_ih_ptr, weight_hh_ptr, h_first_ptr, c_first_ptr,
+    gates_ptr, cell_ptr, y_ptr, grad_x_ptr, grad_preactivations_words_ptr, partial_ptr, grad_h_first_ptr,
     grad_c_first_ptr,
-    batch,
-    length,
-    groups,
-    partial_size,
+    batch, length, groups, partial_size,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    PACK: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    LSTM: tl.constexpr,
-    FUSED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
+    PACK: tl.constexpr, DIRECTIONS: tl.constexpr, LSTM: tl.constexpr, FUSED: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HELD: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    TRANSPOSED: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
     BLOCK_H, and I inputs, padded to BLOCK_I.
 
@@ -307,22 +285,13 @@ def backward(
         grad_h_first = torch.empty_like(h_first, dtype=torch.float32)
     grad_c_first = torch.empty_like(grad_h_first) if given.c_first is not None else None
     launch(
-        _grouped_rnn_backward_kernel,
-        (groups // shared["PACK"] * directions * tiles,),
-        config,
-        like=x,
-        **shared,
-        grad_y_ptr=grad_y,
-        grad_h_last_ptr=grad_h_last,
-        grad_c_last_ptr=grad_c_last,
-        grad_x_ptr=grad_x,
+        _grouped_rnn_backward_kernel, (groups // shared["PACK"] * directions * tiles,), config, like=x, **shared,
+        grad_y_ptr=grad_y, grad_h_last_ptr=grad_h_last, grad_c_last_ptr=grad_c_last, grad_x_ptr=grad_x,
         grad_preactivations_words_ptr=None if grad_preactivations is None else grad_preactivations.view(torch.int64),
-        partial_ptr=partial,
-        grad_h_first_ptr=grad_h_first,
-        grad_c_first_ptr=grad_c_first,
+        partial_ptr=partial, grad_h_first_ptr=grad_h_first, grad_c_first_ptr=grad_c_first,
         partial_size=0 if partial is None else partial.shape[1],
         STAGES=config.num_stages,
-    )
+    )  # fmt: skip
     grad_biases = (None, None)
     if fused:
         grad_x = grad_x[0] if directions == 1 else grad_x[0] + grad_x[1]

@@ -75,18 +75,12 @@ def weight_index(
 
 @triton.jit
 def load_weights(
-    ptr,
-    first,
-    offs_u,
-    offs_k,
-    H,
+    ptr, first, offs_u, offs_k, H,
     BLOCK_H,
     K,
     BLOCK_K,
-    LSTM: tl.constexpr,
-    UNITS_FIRST: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
+    LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
     """The weight tiles of all gates, block-diagonal: [units, k] if UNITS_FIRST, else [k, units]."""
     GATES: tl.constexpr = 4 if LSTM else 3
     index, mask = weight_index(first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K, GATES, UNITS_FIRST)

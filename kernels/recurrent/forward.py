@@ -45,37 +45,18 @@ HARDWARE_TANH = True
 
 @triton.jit(do_not_specialize=["batch", "length", "groups"])
 def _grouped_rnn_forward_kernel(
-    x_ptr,
-    weight_ih_ptr,
-    weight_hh_ptr,
-    bias_ih_ptr,
-    bias_hh_ptr,
-    h_first_ptr,
-    c_first_ptr,
-    gates_ptr,
-    cell_ptr,
-    y_ptr,
-    h_last_ptr,
-    c_last_ptr,
-    batch,
-    length,
-    groups,
+    x_ptr, weight_ih_ptr, weight_hh_ptr, bias_ih_ptr, bias_hh_ptr, h_first_ptr, c_first_ptr, gates_ptr, cell_ptr,
+    y_ptr, h_last_ptr, c_last_ptr,
+    batch, length, groups,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     I: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    PACK: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    LSTM: tl.constexpr,
-    FUSED: tl.constexpr,
-    KEEP: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACK: tl.constexpr, DIRECTIONS: tl.constexpr, LSTM: tl.constexpr, FUSED: tl.constexpr, KEEP: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    HELD: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    TRANSPOSED: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
     BLOCK_H, and I inputs, padded to BLOCK_I.
 
@@ -313,14 +294,8 @@ def forward(
     config = launch_config(given, sizes, shared, dtype, backward=False)
     launch(
         _grouped_rnn_forward_kernel,
-        (sizes.groups // shared["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),),
-        config,
-        like=x,
+        (sizes.groups // shared["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),), config, like=x,
         **shared,
-        bias_ih_ptr=given.bias_ih,
-        bias_hh_ptr=given.bias_hh,
-        h_last_ptr=h_last,
-        c_last_ptr=c_last,
-        KEEP=keep_gates,
-        STAGES=config.num_stages,
-    )
+        bias_ih_ptr=given.bias_ih, bias_hh_ptr=given.bias_hh, h_last_ptr=h_last, c_last_ptr=c_last,
+        KEEP=keep_gates, STAGES=config.num_stages,
+    )  # fmt: skip

@@ -20,26 +20,14 @@ SLICES = 32  # most slices: 48 tiles × 32 slices are 11 waves of 132 SMs at H 1
 
 @triton.jit(do_not_specialize=["batch", "length", "groups", "slice_rows"])
 def _recurrent_weight_gradient_kernel(
-    grad_preactivations_ptr,
-    operand_ptr,
-    h_first_ptr,
-    partial_ptr,
-    batch,
-    length,
-    groups,
-    slice_rows,
-    partial_size,
+    grad_preactivations_ptr, operand_ptr, h_first_ptr, partial_ptr,
+    batch, length, groups, slice_rows, partial_size,
     stride_row,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    GATES: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, GATES: tl.constexpr, DIRECTIONS: tl.constexpr,
     STATE: tl.constexpr,  # the operand is y, one step earlier
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """grid (tiles of (4H, K), N·G, slices). A slice's gradient of one weight, to its row of partial (slices,
     partial_size).
 
@@ -115,25 +103,11 @@ def weight_gradients(
     ):
         tiles = cdiv(4 * hidden, config["BLOCK_N"]) * cdiv(size, config["BLOCK_K"])
         launch(
-            _recurrent_weight_gradient_kernel,
-            (tiles, directions * groups, slices),
-            config,
-            like=x,
-            grad_preactivations_ptr=grad_preactivations,
-            operand_ptr=operand,
-            h_first_ptr=first,
-            partial_ptr=out,
-            batch=batch,
-            length=length,
-            groups=groups,
-            slice_rows=slice_rows,
-            partial_size=partial.shape[1],
+            _recurrent_weight_gradient_kernel, (tiles, directions * groups, slices), config, like=x,
+            grad_preactivations_ptr=grad_preactivations, operand_ptr=operand, h_first_ptr=first, partial_ptr=out,
+            batch=batch, length=length, groups=groups, slice_rows=slice_rows, partial_size=partial.shape[1],
             stride_row=operand.stride(1),
             H=hidden,
-            K=size,
-            GATES=rows // hidden,
-            DIRECTIONS=directions,
-            STATE=operand is y,
-            PRECISION=precision,
-        )
+            K=size, GATES=rows // hidden, DIRECTIONS=directions, STATE=operand is y, PRECISION=precision,
+        )  # fmt: skip
     sum_rows(partial, [grad_weight_ih, grad_weight_hh])

@@ -34,21 +34,11 @@ MAX_CHANNELS = 16384  # a row is normalized in registers: 16 elements per thread
 
 @triton.jit
 def _rms_norm_forward_kernel(
-    x_ptr,
-    addend_ptr,
-    total_ptr,
-    weight_ptr,
-    out_ptr,
-    rstd_ptr,
-    n_rows,
-    eps,
-    C: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    KEEP_RSTD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, addend_ptr, total_ptr, weight_ptr, out_ptr, rstd_ptr,
+    n_rows, eps,
+    C: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_WEIGHT: tl.constexpr, KEEP_RSTD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (tiles of BLOCK_M rows,)."""
     offs_m = tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
@@ -74,23 +64,12 @@ def _rms_norm_forward_kernel(
 
 @triton.jit
 def _rms_norm_backward_kernel(
-    grad_out_ptr,
-    kept_ptr,
-    rstd_ptr,
-    weight_ptr,
-    grad_residual_ptr,
-    grad_x_ptr,
-    partial_ptr,
+    grad_out_ptr, kept_ptr, rstd_ptr, weight_ptr, grad_residual_ptr, grad_x_ptr, partial_ptr,
     n_rows,
-    C: tl.constexpr,
-    IS_NORMALIZED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    NEED_X: tl.constexpr,
-    NEED_WEIGHT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    C: tl.constexpr, IS_NORMALIZED: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    NEED_X: tl.constexpr, NEED_WEIGHT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """grid (programs,), which share the tiles of BLOCK_M rows in turn. partial (programs, C): their sums of grad_out ·
     x̂. IS_NORMALIZED: kept is x̂, not x."""
     offs_m = tl.arange(0, BLOCK_M)
@@ -135,23 +114,11 @@ def forward(
     n_rows, channels = x.shape
     chosen = config.rms_norm(channels)
     launch(
-        _rms_norm_forward_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]),),
-        chosen,
-        like=x,
-        x_ptr=x,
-        addend_ptr=addend,
-        total_ptr=total,
-        weight_ptr=weight,
-        out_ptr=out,
-        rstd_ptr=rstd,
-        n_rows=n_rows,
-        eps=eps,
-        C=channels,
-        HAS_ADDEND=addend is not None,
-        HAS_WEIGHT=weight is not None,
-        KEEP_RSTD=rstd is not None,
-    )
+        _rms_norm_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=x,
+        x_ptr=x, addend_ptr=addend, total_ptr=total, weight_ptr=weight, out_ptr=out, rstd_ptr=rstd,
+        n_rows=n_rows, eps=eps,
+        C=channels, HAS_ADDEND=addend is not None, HAS_WEIGHT=weight is not None, KEEP_RSTD=rstd is not None,
+    )  # fmt: skip
 
 
 def backward(
@@ -179,25 +146,13 @@ def backward(
         programs = min(programs, config.PROGRAMS_PER_SM * runtime.sm_count(grad_out.device))
         partial = torch.empty((programs, channels), dtype=torch.float32, device=grad_out.device)
     launch(
-        _rms_norm_backward_kernel,
-        (programs,),
-        chosen,
-        like=grad_out,
-        grad_out_ptr=grad_out,
-        kept_ptr=kept,
-        rstd_ptr=rstd,
-        weight_ptr=weight,
-        grad_residual_ptr=grad_residual,
-        grad_x_ptr=grad_x,
-        partial_ptr=partial,
+        _rms_norm_backward_kernel, (programs,), chosen, like=grad_out,
+        grad_out_ptr=grad_out, kept_ptr=kept, rstd_ptr=rstd, weight_ptr=weight, grad_residual_ptr=grad_residual,
+        grad_x_ptr=grad_x, partial_ptr=partial,
         n_rows=n_rows,
-        C=channels,
-        IS_NORMALIZED=kept_is_normalized,
-        HAS_WEIGHT=weight is not None,
-        HAS_RESIDUAL=grad_residual is not None,
-        NEED_X=grad_x is not None,
-        NEED_WEIGHT=grad_weight is not None,
-    )
+        C=channels, IS_NORMALIZED=kept_is_normalized, HAS_WEIGHT=weight is not None,
+        HAS_RESIDUAL=grad_residual is not None, NEED_X=grad_x is not None, NEED_WEIGHT=grad_weight is not None,
+    )  # fmt: skip
     if partial is not None:
         sum_rows(partial, [grad_weight])
 

@@ -32,17 +32,13 @@ MAX_STRIDE = 2**26  # of rows: a tile's offsets have 32 bits
 
 @triton.jit
 def _swiglu_forward_kernel(
-    gate_ptr,
-    up_ptr,
-    hidden_ptr,
+    gate_ptr, up_ptr, hidden_ptr,
     n_rows,
     F: tl.constexpr,
     STRIDE_GATE: tl.constexpr,  # of rows; constants, so that the compiler knows what divides them
-    STRIDE_UP: tl.constexpr,
-    STRIDE_HIDDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    STRIDE_UP: tl.constexpr, STRIDE_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows · blocks of columns,), columns fastest."""
     blocks_f = tl.cdiv(F, BLOCK_F)
     start = (tl.program_id(0) // blocks_f).to(tl.int64) * BLOCK_M  # what is the same for a whole tile has 64 bits
@@ -59,24 +55,13 @@ def _swiglu_forward_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(
-    grad_hidden_ptr,
-    gate_ptr,
-    up_ptr,
-    grad_gate_ptr,
-    grad_up_ptr,
-    hidden_ptr,
+    grad_hidden_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, hidden_ptr,
     n_rows,
-    F: tl.constexpr,
-    STRIDE_GRAD_HIDDEN: tl.constexpr,
-    STRIDE_GATE: tl.constexpr,
-    STRIDE_UP: tl.constexpr,
-    STRIDE_GRAD_GATE: tl.constexpr,
-    STRIDE_GRAD_UP: tl.constexpr,
-    STRIDE_HIDDEN: tl.constexpr,
+    F: tl.constexpr, STRIDE_GRAD_HIDDEN: tl.constexpr, STRIDE_GATE: tl.constexpr, STRIDE_UP: tl.constexpr,
+    STRIDE_GRAD_GATE: tl.constexpr, STRIDE_GRAD_UP: tl.constexpr, STRIDE_HIDDEN: tl.constexpr,
     NEED_HIDDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
     """grid (blocks of rows · blocks of columns,), columns fastest.
 
     A program writes after its own loads, and where nobody else reads: results may lie where arguments did.
@@ -133,19 +118,12 @@ def _forward_pair(gate: Tensor, up: Tensor, hidden: Tensor) -> None:
     n_rows, columns = hidden.shape
     chosen = config.swiglu(columns)
     launch(
-        _swiglu_forward_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]) * cdiv(columns, chosen["BLOCK_F"]),),
-        chosen,
+        _swiglu_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]) * cdiv(columns, chosen["BLOCK_F"]),), chosen,
         like=hidden,
-        gate_ptr=gate,
-        up_ptr=up,
-        hidden_ptr=hidden,
+        gate_ptr=gate, up_ptr=up, hidden_ptr=hidden,
         n_rows=n_rows,
-        F=columns,
-        STRIDE_GATE=gate.stride(0),
-        STRIDE_UP=up.stride(0),
-        STRIDE_HIDDEN=hidden.stride(0),
-    )
+        F=columns, STRIDE_GATE=gate.stride(0), STRIDE_UP=up.stride(0), STRIDE_HIDDEN=hidden.stride(0),
+    )  # fmt: skip
 
 
 def _backward_pair(
@@ -155,26 +133,15 @@ def _backward_pair(
     n_rows, columns = grad_hidden.shape
     chosen = config.swiglu(columns)
     launch(
-        _swiglu_backward_kernel,
-        (cdiv(n_rows, chosen["BLOCK_M"]) * cdiv(columns, chosen["BLOCK_F"]),),
-        chosen,
+        _swiglu_backward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]) * cdiv(columns, chosen["BLOCK_F"]),), chosen,
         like=grad_hidden,
-        grad_hidden_ptr=grad_hidden,
-        gate_ptr=gate,
-        up_ptr=up,
-        grad_gate_ptr=grad_gate,
-        grad_up_ptr=grad_up,
+        grad_hidden_ptr=grad_hidden, gate_ptr=gate, up_ptr=up, grad_gate_ptr=grad_gate, grad_up_ptr=grad_up,
         hidden_ptr=hidden,
         n_rows=n_rows,
-        F=columns,
-        STRIDE_GRAD_HIDDEN=grad_hidden.stride(0),
-        STRIDE_GATE=gate.stride(0),
-        STRIDE_UP=up.stride(0),
-        STRIDE_GRAD_GATE=grad_gate.stride(0),
-        STRIDE_GRAD_UP=grad_up.stride(0),
-        STRIDE_HIDDEN=0 if hidden is None else hidden.stride(0),
-        NEED_HIDDEN=hidden is not None,
-    )
+        F=columns, STRIDE_GRAD_HIDDEN=grad_hidden.stride(0), STRIDE_GATE=gate.stride(0), STRIDE_UP=up.stride(0),
+        STRIDE_GRAD_GATE=grad_gate.stride(0), STRIDE_GRAD_UP=grad_up.stride(0),
+        STRIDE_HIDDEN=0 if hidden is None else hidden.stride(0), NEED_HIDDEN=hidden is not None,
+    )  # fmt: skip
 
 
 # ---- the operator of `fastblocks.functional.swiglu` ------------------------------------------------------------------
