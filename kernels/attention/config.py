@@ -36,9 +36,10 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
 
 
-def is_rotated(n_tokens: int) -> bool:
-    """Whether a kernel of its own rotates q and k, for the kernels that are not `short`."""
-    return n_tokens >= ROTATE_FROM
+def is_rotated(n_tokens: int, window: int, element_size: int) -> bool:
+    """Whether a kernel of its own rotates q and k, for the kernels that are not `short`. Not in a float32 window:
+    rotated TF32 operands of 64 channels spill 8 to 16 bytes per thread."""
+    return n_tokens >= ROTATE_FROM and (window < 0 or element_size == 2)
 
 
 MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
@@ -76,6 +77,8 @@ def launch_config(
             return config(8, 1, BLOCK_N=16)
         # 64 rotated keys of 32 channels spill 8 bytes per thread. SPLIT must be a multiple of it.
         return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d > 32 else 32)
+    if element_size == 4 and kernel == "long_forward" and block_d <= 32:
+        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills 8 bytes at 64 registers on sm_90
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
@@ -162,7 +165,7 @@ def _plan(
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
     }
     short = is_short(n_rows, block_d, size, architecture)
-    rotated = not short and is_rotated(n_tokens)
+    rotated = not short and is_rotated(n_tokens, window, size)
 
     def complete(kernel: str, **constants) -> LaunchConfig:
         tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32)

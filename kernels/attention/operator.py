@@ -9,8 +9,8 @@ computed only when asked for. Rows past 2^31 elements are addressed in int64.
 
 Two sets of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and `long` (everything
 else; work and memory grow with T · (window + R)), with `registers` for the register tokens' output and gradients.
-Kept for backward: the inputs, and by `long` also out and one flat float32 tensor: from ROTATE_FROM tokens on the
-rotated q and k (B, T, 2C) in the dtype of qkv; then `lse` (B, H, T), the base-2 logarithm of the softmax's sum; then,
+Kept for backward: the inputs, and by `long` also out and one flat float32 tensor: where they are rotated first,
+q and k (B, T, 2C) in the dtype of qkv; then `lse` (B, H, T), the base-2 logarithm of the softmax's sum; then,
 where the register tokens' output was asked for, theirs (B, H, R).
 Each file counts its own bytes and FLOPs.
 """
@@ -62,7 +62,7 @@ def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, keep):
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
     short = runs_short(qkv, n_head, n_registers)
     kept = batch * n_head * (n_tokens + n_registers if registers_out else n_tokens)
-    if not short and is_rotated(n_tokens):
+    if not short and is_rotated(n_tokens, window, qkv.element_size()):
         kept += _rotated_floats(qkv)
     return (
         qkv.new_empty((batch, n_tokens, width // 3)),
