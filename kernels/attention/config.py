@@ -70,15 +70,16 @@ def launch_config(
         # 4 warps, or 64 queries under a mask, spill 1 to 7 kB per thread with Triton 3.6 or 3.7. From 3.8 on operands
         # stay in registers, and 32 queries spill 0.3 to 0.6 kB.
         return config(8, 1, BLOCK_M=32 if runtime.VERSION < (3, 8) else 16)
-    if kernel.startswith("short"):  # a warpgroup for every 64 rows
-        return config(4 if n_rows <= 64 else 8, 1, BLOCK_M=128)
+    if kernel.startswith("short"):  # a warpgroup for every 64 rows; in float32 a part of 64 spills 56 bytes in one
+        return config(4 if n_rows <= 64 and (element_size == 2 or n_rows == 64) else 8, 1, BLOCK_M=128)
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
         if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
         # 64 rotated keys of 32 channels spill 8 bytes per thread. SPLIT must be a multiple of it.
         return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d > 32 else 32)
     if element_size == 4 and kernel == "long_forward" and block_d <= 32:
-        return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills 8 bytes at 64 registers on sm_90
+        # 8 warps spill 8 bytes at 64 registers on sm_90, as do 32 keys of 16 channels with register tokens
+        return config(4, 1, BLOCK_M=32, BLOCK_N=16 if block_d == 16 else 32)
     if element_size == 4 and kernel == "grad_key" and block_d <= 32:
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills at 64 registers on sm_80
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
