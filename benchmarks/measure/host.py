@@ -148,5 +148,5 @@ def main(arguments: list[str]) -> int:
     x = torch.randn(64, requires_grad=True)
     empty = microseconds(lambda: torch.empty(64))
     product = microseconds(lambda: torch.autograd.grad(x * 2.0, x, x))
-    print(f"Here torch.empty takes {empty:.1f} µs, and x * 2 forward + backward {product:.0f}: autograd's own share.")
+    print(f"torch.empty takes {empty:.1f} µs here; x * 2, forward + backward, {product:.0f} (autograd's own)")
     return 0

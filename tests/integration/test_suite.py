@@ -16,7 +16,7 @@ from benchmarks import workloads
 from benchmarks.__main__ import main
 from benchmarks.aot import compiling, tuning
 from benchmarks.aot.machine_code import Resources, resident_warps
-from benchmarks.measure import floor, host, suite
+from benchmarks.measure import floor, host, kept, suite
 from benchmarks.measure.error import errors
 from benchmarks.report import files, plots, table
 
@@ -189,6 +189,18 @@ def test_table_of_compiled_kernels_fits_80_columns():
     console.print(compiling.make_table([found], console))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80 and "k" * 30 in text and "…" not in text
+
+
+def test_what_is_kept_is_counted_once_and_without_what_is_there_anyway():
+    x, layer = torch.randn(5, 7), torch.nn.Linear(7, 3)
+    assert kept.kept_bytes(layer, x.requires_grad_()) <= 2 * (x.numel() + layer.weight.numel())  # autocast's copies
+
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            y = x.exp()  # keeps y
+            return y.square() + y.view(-1).square().view_as(y)  # both keep y
+
+    assert kept.kept_bytes(Twice(), x) == 4 * x.numel()
 
 
 def test_host_table_fits_80_columns(capsys, monkeypatch):
