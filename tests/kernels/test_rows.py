@@ -459,12 +459,11 @@ def test_what_no_kernel_takes_is_named(device):
 
 
 def test_blocks_use_them(device):
-    x = torch.randn(1, 9, 16, device=device)
-    block, convnext = fastblocks.RoFormerBlock(16, 2, 9), fastblocks.ConvNeXt1DBlock(3, 1, 16, 16, variant="msrkit")
+    x = torch.randn(1, 16, 9, device=device)
+    block = fastblocks.ConvNeXt1DBlock(3, 1, 16, 16, variant="msrkit").to(device)
     with use_backend("triton"):
-        for module, given in ((block, x), (convnext, x.mT)):
-            said = fastblocks.explain(module.to(device), given)
-            assert "rms_norm: triton" in said and "swiglu" in said and "eager" not in said
+        said = fastblocks.explain(block, x)
+    assert "rms_norm: triton" in said and "swiglu: triton" in said and "eager" not in said
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
