@@ -44,7 +44,8 @@ def _sections(members: list[int], ranges: Ranges, bins: int) -> list[tuple[int |
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """rows (N, I) through weight (I, O), plus bias (O,)."""
-    if rows.is_cpu and rows.shape[0] > _ROWS_AT_ONCE and weight.requires_grad and not must_trace():
+    long_sum = rows.is_cpu and rows.shape[0] > _ROWS_AT_ONCE and rows.dtype == weight.dtype == torch.float32
+    if long_sum and weight.requires_grad and not autocast_enabled(rows.device) and not must_trace():
         y = _CPUProduct.apply(rows, weight)
         return y if bias is None else y + bias
     return rows @ weight if bias is None else torch.addmm(bias, rows, weight)

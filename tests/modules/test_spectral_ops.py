@@ -457,3 +457,14 @@ def test_gradients_of_narrow_bands_sum_many_rows_without_losing_digits():
     want = gradient(torch.float64)
     error = (gradient(torch.float32) - want).norm() / want.norm()
     assert error < 4e-7  # in parts of 128 rows 2e-7; one after another 1.1e-6
+
+
+def test_many_rows_train_under_autocast_and_in_low_precision():
+    band, x = fastblocks.Band(8000, 256, 8, 2, 4), torch.randn(2, 129, 200, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = band.unsplit(band.split(x))
+    y.sum().backward()
+    assert x.grad.isfinite().all() and band.pre_bandnet.weight.grad.dtype == torch.float32
+    band.zero_grad()
+    band.bfloat16().split(x.detach().bfloat16()).float().sum().backward()
+    assert band.pre_bandnet.weight.grad.dtype == torch.bfloat16
