@@ -98,6 +98,14 @@ def test_windows(device, blocks, window):
     check(device, 1, 150, 1, 16, window=window)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("window", [3, 64, 130])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_windows_over_tokens_that_were_rotated_once(device, blocks, registers, window, dtype):
+    """Only 16 bits with a window and at least ROTATE_FROM tokens find q and k rotated."""
+    check(device, 1, 150, 2, 16, window=window, registers=registers, registers_out=registers > 0, dtype=dtype)
+
+
 @pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=lambda shape: "{}x{}".format(*shape))
 def small_blocks(request, blocks, monkeypatch):
     """The kernels for long sequences in blocks so small that their edges meet those of windows in every way."""
