@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastblocks.eager import blocks as eager
 from fastblocks.kernels.blocks import pack, steps
-from fastblocks.kernels.blocks.roformer_block import parameters_reason
+from fastblocks.kernels.blocks.steps import as_rows
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.recurrent import operator as recurrent
 from fastblocks.kernels.rows import rms_norm
@@ -39,7 +39,7 @@ def unsupported_reason(
 ) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
     parameters = (weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp)
-    reason = parameters_reason(x, parameters)
+    reason = steps.parameters_reason(x, parameters)
     if not reason and x.shape[-1] > rms_norm.MAX_CHANNELS:
         reason = f"rows of {x.shape[-1]} channels, the kernels take {rms_norm.MAX_CHANNELS}"
     return reason or recurrent.unsupported_reason(x, weight_ih[0], weight_hh[0], None, None, None, None)
@@ -77,10 +77,6 @@ def _unbind(tensor: Tensor | None, layers: int) -> list[Tensor | None]:
     return [None] * layers if tensor is None else list(tensor.unbind())
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1, x.shape[-1])
-
-
 def _forward(
     outputs, x, weight_ih, weight_hh, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp, eps_rnn, eps_mlp,
     dtype, keep,
@@ -89,14 +85,14 @@ def _forward(
     mlp_parameters = (p.contiguous() for p in (weight_gate, weight_up, weight_down))
     pack.pack(None, None, *mlp_parameters, None, scale_mlp.contiguous(), packed)
     (mlp_weight,) = pack.parts(packed, x.shape[2], weight_gate.shape[0], False)
-    rows = _as_rows(x)
-    rms_norm.forward(rows, scale_rnn.contiguous(), eps_rnn, _as_rows(normalized1), rstd1)
+    rows = as_rows(x)
+    rms_norm.forward(rows, scale_rnn.contiguous(), eps_rnn, as_rows(normalized1), rstd1)
     kept = zip(*(_unbind(t, len(weight_ih)) for t in of_layers), strict=True)
     last = normalized1
     for input_weight, state_weight, results in zip(weight_ih, weight_hh, kept, strict=True):
         recurrent.OPERATOR.forward(results, *_layer(last, input_weight, state_weight, dtype), keep)
         last = results[0]
-    steps.mlp_forward(_as_rows(last), None, rows, mlp_weight, _as_rows(y), normalized2, rstd2, eps_mlp)
+    steps.mlp_forward(as_rows(last), None, rows, mlp_weight, as_rows(y), normalized2, rstd2, eps_mlp)
 
 
 def _backward(
@@ -104,14 +100,14 @@ def _backward(
     dtype, normalized1, rstd1, layers, gates, cell, normalized2, rstd2, packed,
 ):  # fmt: skip
     (grad_y,) = grads
-    channels, hidden, rows = x.shape[2], weight_gate.shape[0], _as_rows(x)
+    channels, hidden, rows = x.shape[2], weight_gate.shape[0], as_rows(x)
     (mlp_weight,) = pack.parts(packed, channels, hidden, False)
     partial = sums = None
     slabs = steps.slabs_of(len(rows), channels, packed)
     if any(needs[3:6]) or needs[7]:
         partial = steps.new_partial(slabs, packed, channels)
         (sums,) = pack.parts(partial, channels, hidden, False)
-    grad_m, grad = steps.mlp_backward_all(_as_rows(grad_y), None, normalized2, rstd2, mlp_weight, None, sums, None)
+    grad_m, grad = steps.mlp_backward_all(as_rows(grad_y), None, normalized2, rstd2, mlp_weight, None, sums, None)
 
     grad = grad.view(x.shape)
     grad_ih, grad_hh = (torch.empty(w.shape, dtype=w.dtype, device=w.device) for w in (weight_ih, weight_hh))
@@ -129,7 +125,7 @@ def _backward(
     grad_scale = torch.empty(scale_rnn.shape, dtype=scale_rnn.dtype, device=x.device) if needs[6] else None
     if needs[0] or needs[6]:
         rms_norm.backward(
-            _as_rows(grad), rows, rstd1, scale_rnn.contiguous(), _as_rows(grad_x) if needs[0] else None,
+            as_rows(grad), rows, rstd1, scale_rnn.contiguous(), as_rows(grad_x) if needs[0] else None,
             kept_is_normalized=False, grad_residual=grad_m, grad_weight=grad_scale,
         )  # fmt: skip
     of_mlp = [None] * 7

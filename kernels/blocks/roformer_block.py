@@ -20,12 +20,11 @@ from torch import Tensor
 from fastblocks.eager import blocks as eager
 from fastblocks.kernels.attention import operator as attention
 from fastblocks.kernels.blocks import config, pack, steps
+from fastblocks.kernels.blocks.steps import as_rows
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.rows.rms_norm import MAX_CHANNELS
 
 __all__ = ["roformer_block", "unsupported_reason"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(
@@ -47,7 +46,7 @@ def unsupported_reason(
 ) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
     parameters = (weight_qkv, weight_out, weight_gate, weight_up, weight_down, scale_attention, scale_mlp)
-    reason = parameters_reason(x, parameters)
+    reason = steps.parameters_reason(x, parameters)
     if reason:
         return reason
     if x.shape[-1] > MAX_CHANNELS:
@@ -56,21 +55,6 @@ def unsupported_reason(
         return f"the registers are {registers.dtype} on {registers.device}, the tokens {x.dtype} on {x.device}"
     n_registers = 0 if registers is None else registers.shape[1]
     return attention.unsupported_head(x.shape[-1] // n_head, n_registers, rope, x.device)
-
-
-def parameters_reason(x: Tensor, parameters: tuple[Tensor, ...]) -> str:
-    """Why a block's kernels do not take these parameters with x; an empty string if they do."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if compute_dtype(x) not in DTYPES:
-        return f"no kernel for {compute_dtype(x)}"
-    for parameter in parameters:
-        if parameter.dtype not in DTYPES:
-            return f"no kernel for parameters in {parameter.dtype}"
-        if parameter.device != x.device:
-            return f"parameters on {parameter.device}, input on {x.device}"
-        if parameter.dtype != x.dtype and not autocast:
-            return f"the input is {x.dtype}, a parameter {parameter.dtype}"
-    return ""
 
 
 def _outputs(
@@ -119,10 +103,6 @@ def _split(tensor: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None
     return tensor[:at], tensor[at:]
 
 
-def _as_rows(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1, x.shape[-1])
-
-
 def _forward(
     outputs, x, weight_qkv, weight_out, weight_gate, weight_up, weight_down, scale_attention, scale_mlp, rope, n_head,
     window, registers, registers_out, eps_attention, eps_mlp, dtype, keep,
@@ -133,21 +113,21 @@ def _forward(
     pack.pack(*(p.contiguous() for p in parameters), packed)
     qkv_weight, out_weight, mlp_weight = pack.parts(packed, channels, hidden, True)
 
-    rows = _as_rows(x)
+    rows = as_rows(x)
     kept1 = [_split(t, len(rows)) for t in (qkv, normalized1, rstd1)]
     steps.norm_linear_forward(rows, qkv_weight, *(t for t, _ in kept1), eps_attention)
     if registers is not None:
-        steps.norm_linear_forward(_as_rows(registers), qkv_weight, *(t for _, t in kept1), eps_attention)
+        steps.norm_linear_forward(as_rows(registers), qkv_weight, *(t for _, t in kept1), eps_attention)
     qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
     attention.OPERATOR.forward(
         (attended, register_attended, lse), qkv_tokens, rope, n_head, window, qkv_registers, registers_out, keep
     )
     kept2 = [_split(t, len(rows)) for t in (normalized2, rstd2)]
-    steps.mlp_forward(_as_rows(attended), out_weight, rows, mlp_weight, _as_rows(y), *(t for t, _ in kept2), eps_mlp)
+    steps.mlp_forward(as_rows(attended), out_weight, rows, mlp_weight, as_rows(y), *(t for t, _ in kept2), eps_mlp)
     if registers_out:
-        residual = _as_rows(registers.expand(x.shape[0], -1, -1))
+        residual = as_rows(registers.expand(x.shape[0], -1, -1))
         steps.mlp_forward(
-            _as_rows(register_attended), out_weight, residual, mlp_weight, _as_rows(register_y),
+            as_rows(register_attended), out_weight, residual, mlp_weight, as_rows(register_y),
             *(t for _, t in kept2), eps_mlp,
         )  # fmt: skip
 
@@ -182,12 +162,12 @@ def _backward(
 
     (normalized, register_normalized), (rstd, register_rstd) = _split(normalized2, tokens), _split(rstd2, tokens)
     grad_m, grad_attended = steps.mlp_backward_all(
-        _as_rows(grad_y), _as_rows(attended), normalized, rstd, mlp_weight, out_weight, sums[2], sums[1]
+        as_rows(grad_y), as_rows(attended), normalized, rstd, mlp_weight, out_weight, sums[2], sums[1]
     )
     grad_register_m = grad_register_attended = None
     if with_register_y:
         grad_register_m, grad_register_attended = steps.mlp_backward_all(
-            _as_rows(grad_register_y), _as_rows(register_attended), register_normalized, register_rstd, mlp_weight,
+            as_rows(grad_register_y), as_rows(register_attended), register_normalized, register_rstd, mlp_weight,
             out_weight, register_sums[2], register_sums[1],
         )  # fmt: skip
         grad_register_attended = grad_register_attended.view(register_attended.shape)
@@ -201,7 +181,13 @@ def _backward(
     (normalized, register_normalized), (rstd, register_rstd) = _split(normalized1, tokens), _split(rstd1, tokens)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
     steps.norm_linear_backward(
-        _as_rows(grad_qkv), normalized, rstd, qkv_weight, grad_m, _as_rows(grad_x) if needs_x else None, sums[0]
+        as_rows(grad_qkv),
+        normalized,
+        rstd,
+        qkv_weight,
+        grad_m,
+        as_rows(grad_x) if needs_x else None,
+        sums[0],
     )
     grad_registers = None
     if registers is not None:
@@ -211,8 +197,8 @@ def _backward(
             by_sample = grad_register_m.view(batch, -1, channels)
             grad_register_m = by_sample.sum(0, dtype=torch.float32)
         steps.norm_linear_backward(
-            _as_rows(grad_register_qkv), register_normalized, register_rstd, qkv_weight, grad_register_m,
-            _as_rows(grad_registers) if needs_registers else None, register_sums[0],
+            as_rows(grad_register_qkv), register_normalized, register_rstd, qkv_weight, grad_register_m,
+            as_rows(grad_registers) if needs_registers else None, register_sums[0],
         )  # fmt: skip
     of_weights = [None] * 7
     if needs_weights:

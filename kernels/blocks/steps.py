@@ -10,7 +10,30 @@ from torch import Tensor
 
 from fastblocks.kernels.blocks import config, mlp, mlp_backward, norm_linear
 from fastblocks.kernels.blocks.grad_weight import grad_weight
+from fastblocks.kernels.operator import compute_dtype
 from fastblocks.kernels.rows import rms_norm, swiglu
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def parameters_reason(x: Tensor, parameters: tuple[Tensor, ...]) -> str:
+    """Why a block's kernels do not take these parameters with x; an empty string if they do."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if compute_dtype(x) not in DTYPES:
+        return f"no kernel for {compute_dtype(x)}"
+    for parameter in parameters:
+        if parameter.dtype not in DTYPES:
+            return f"no kernel for parameters in {parameter.dtype}"
+        if parameter.device != x.device:
+            return f"parameters on {parameter.device}, input on {x.device}"
+        if parameter.dtype != x.dtype and not autocast:
+            return f"the input is {x.dtype}, a parameter {parameter.dtype}"
+    return ""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(…, C) as contiguous rows (N, C)."""
+    return x.contiguous().view(-1, x.shape[-1])
 
 
 def norm_linear_forward(x: Tensor, weight: Tensor, out: Tensor, normalized: Tensor, rstd: Tensor, eps: float) -> None:

@@ -75,10 +75,7 @@ def weight_index(
 
 @triton.jit
 def load_weights(
-    ptr, first, offs_u, offs_k, H,
-    BLOCK_H,
-    K,
-    BLOCK_K,
+    ptr, first, offs_u, offs_k, H, BLOCK_H, K, BLOCK_K,
     LSTM: tl.constexpr, UNITS_FIRST: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """The weight tiles of all gates, block-diagonal: [units, k] if UNITS_FIRST, else [k, units]."""

@@ -6,6 +6,11 @@ from fastblocks.functional import convnext_mlp
 from tests.compare import ROUNDING, assert_as_exact, assert_close, relative_error
 from tests.reference import convnext as reference
 
+pytest.importorskip("triton")
+
+from fastblocks.kernels.convnext import mlp
+from fastblocks.kernels.runtime import tl, triton
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "weight1", "bias1", "weight2", "bias2", "residual")
 
@@ -179,3 +184,28 @@ def test_cuda_graph(device):
         y = convnext_mlp(*tensors[:5], residual=tensors[5])
     graph.replay()
     assert torch.equal(y, want)
+
+
+@triton.jit
+def both(x_ptr, gelu_ptr, slope_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    tl.store(gelu_ptr + offs, mlp.activate(x, False))
+    tl.store(slope_ptr + offs, mlp.slope(x, False))
+
+
+def test_the_polynomials_for_16_bits_are_gelu_and_its_derivative_everywhere(device):
+    x = torch.linspace(-8, 8, 4096, device=device)
+    x[:4] = torch.tensor([-1e4, 1e4, float("nan"), 0.0], device=device)
+    gelu, slope = torch.empty_like(x), torch.empty_like(x)
+    both[(1,)](x, gelu, slope, BLOCK=x.numel())
+    wide = x.double().requires_grad_()
+    want = torch.nn.functional.gelu(wide)
+    (want_slope,) = torch.autograd.grad(want.sum(), wide)
+    assert gelu[2].isnan() and slope[2].isnan()
+    number = ~x.isnan()
+    phi, want_phi = gelu[number] / x[number], want.detach()[number] / x[number].double()
+    assert (phi - want_phi)[x[number] != 0].abs().max() < 7e-5
+    assert (slope - want_slope)[number].abs().max() < 8e-5
+    tails = (x.abs() > 4.5) & number  # exactly, so that nothing grows with x
+    assert torch.equal(gelu[tails], x[tails].clamp_min(0)) and torch.equal(slope[tails], (x[tails] > 0).float())
