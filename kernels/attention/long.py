@@ -18,13 +18,11 @@ from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
-    FAR,
     LOG2_E,
     gate_arguments,
     load_gate,
     load_rotated,
     load_rows,
-    near,
     program_of,
     register_arguments,
     register_keys,
@@ -32,34 +30,11 @@ from fastblocks.kernels.attention.tiles import (
     rotate,
     store_rows,
 )
+from fastblocks.kernels.attention.windows import start_of_block, visible_blocks, visible_tokens
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
-
-
-@triton.jit
-def _visible_blocks(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Which tokens the rows start … start + ROWS - 1 see, in blocks of BLOCK: the first token, and the number of blocks
-    before the interior (where every row sees every token), in it, and after it."""
-    if not HAS_WINDOW:
-        full = n_tokens // BLOCK
-        return 0, 0, full, tl.cdiv(n_tokens, BLOCK) - full
-    low = tl.maximum(start - half_window, 0)
-    high = tl.minimum(start + ROWS + half_window, n_tokens)
-    before = tl.cdiv(tl.maximum(tl.minimum(start + ROWS - 1 - half_window, high) - low, 0), BLOCK)
-    interior = tl.maximum(tl.minimum(start + half_window + 1, n_tokens) - low - before * BLOCK, 0) // BLOCK
-    after = tl.maximum(tl.cdiv(high - low, BLOCK) - before - interior, 0)
-    return low, before, interior, after
-
-
-@triton.jit
-def _start(i, low, before, interior, BLOCK: tl.constexpr, INTERIOR: tl.constexpr):
-    """The first token of block i, counted within the interior's blocks or those around it."""
-    start = low + i * BLOCK
-    if not INTERIOR:
-        start += tl.where(i >= before, interior * BLOCK, 0)
-    return start
 
 
 @triton.jit
@@ -95,20 +70,11 @@ def _key_block(
 
 
 @triton.jit
-def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
-    """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n; without a window [1, offs_n]."""
-    mask = (offs_n < n_tokens)[None, :]
-    if HAS_WINDOW:
-        mask = near(offs_m, tl.where(offs_n < n_tokens, offs_n, FAR), half_window)
-    return mask
-
-
-@triton.jit
 def _long_forward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_gate_b, stride_gate_t,
-    n_tokens, n_registers, half_window, n_head, scale,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, KEEP_LSE: tl.constexpr,
@@ -145,17 +111,20 @@ def _long_forward_kernel(
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
         m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_m, n_tokens, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            start_n = start_of_block(i, low, before, interior, BLOCK_N, INTERIOR)
             k, v = _key_block(
                 qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
                 HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
             )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
             if not INTERIOR:
-                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask = visible_tokens(offs_m, offs_n, n_tokens, window_left, window_right, HAS_WINDOW)
                 s = tl.where(mask, s, float("-inf"))
             m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=not INTERIOR)
 
@@ -177,7 +146,7 @@ def _grad_query_kernel(
     delta_ptr, grad_qkv_ptr, grad_gate_ptr, gated_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_gate_b, stride_gate_t, stride_grad_b, stride_grad_t,
-    n_tokens, n_registers, half_window, n_head, scale, n_parts,
+    n_tokens, n_registers, window_left, window_right, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
@@ -236,17 +205,20 @@ def _grad_query_kernel(
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
         store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
-    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_m, n_tokens, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            start_n = start_of_block(i, low, before, interior, BLOCK_N, INTERIOR)
             k, v = _key_block(
                 qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
                 HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
             )  # fmt: skip
             p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])
             if not INTERIOR:
-                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask = visible_tokens(offs_m, offs_n, n_tokens, window_left, window_right, HAS_WINDOW)
                 p = tl.where(mask, p, 0.0)
             ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
             dq += dot(round_to(ds, k.dtype), k, PRECISION)
@@ -293,7 +265,7 @@ def _grad_key_kernel(
     register_lse_ptr, delta_ptr, grad_qkv_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, half_window, n_head, scale,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
@@ -329,15 +301,18 @@ def _grad_key_kernel(
         )  # fmt: skip
         dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, None, dk, dv, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _visible_blocks(start_n, n_tokens, half_window, BLOCK_N, BLOCK_M, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_n, n_tokens, window_right, window_left, BLOCK_N, BLOCK_M, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_m = _start(i, low, before, interior, BLOCK_M, INTERIOR)
+            start_m = start_of_block(i, low, before, interior, BLOCK_M, INTERIOR)
             q, do, lse, delta = _query_block(
                 qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
                 stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, INTERIOR, ROTATED,
             )  # fmt: skip
-            mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, half_window, HAS_WINDOW)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            mask = visible_tokens(offs_n, offs_m, n_tokens, window_right, window_left, HAS_WINDOW)
             dk, dv = _grad_key_step(
                 q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION, MASKED=HAS_WINDOW and not INTERIOR
             )
@@ -365,7 +340,7 @@ def forward(inputs: dict, gate: Tensor | None, out: Tensor, lse: Tensor, keep: b
     launch(
         _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
         config, like=out, **inputs, **gate_arguments(gate), out_ptr=out, lse_ptr=lse,
-        half_window=plan.half_window, KEEP_LSE=keep,
+        **plan.window, KEEP_LSE=keep,
     )  # fmt: skip
 
 
@@ -384,7 +359,7 @@ def backward(
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
     gated = None if gate is None else torch.empty(out.shape, dtype=grad_out.dtype, device=out.device)
     both = {
-        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, "half_window": plan.half_window,
+        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, **plan.window,
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,

@@ -96,6 +96,9 @@ def test_every_tensor_of_a_block_has_to_fit(name):
     ("wrong", "said"),
     [
         ({"window": 0}, "window must be positive, or -1 for all, got 0"),
+        ({"window": (3, -2)}, r"window must be \(left, right\), .* got \(3, -2\)"),
+        ({"window": (1, 2, 3)}, r"window must be \(left, right\), .* got \(1, 2, 3\)"),
+        ({"window": (3, 2), "causal": True}, r"causal=True, but the window \(3, 2\) reaches 2 tokens ahead"),
         ({"gate": ones(1, 6, 4)}, r"gate must be \(1, 6, 2\), got \(1, 6, 4\)"),
         ({"gate": torch.ones(1, 6, 2, dtype=torch.int32)}, r"gate must be floating-point, got torch\.int32"),
     ],
