@@ -3,14 +3,18 @@
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastblocks.eager import attention as eager
 from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 
-def rope_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
+def rope_table(length: int, head_dim: int, base: float = 10000.0, rotary_dim: int | None = None) -> Tensor:
     """Cosines and sines of rotary position embedding: angle = position · base^(-2i/D), computed in float32.
+
+    Channels turn in interleaved pairs (0,1), (2,3), …; a model that pairs channel i with i + D/2 needs the rows of its
+    q and k weights reordered. Partial rotary turns the first `rotary_dim` channels only, and all others by no angle.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021.
 
@@ -18,20 +22,27 @@ def rope_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
         length: how many positions.
         head_dim: D, even.
         base: of the geometric series of frequencies.
+        rotary_dim: channels that turn, in place of D in the angles too; even; None: all of them.
 
     Returns:
         (length, D/2, 2) float32 on the CPU: `[..., 0]` the cosines, `[..., 1]` the sines.
 
     Raises:
-        ValueError: if D is odd or not positive, or length is negative.
+        ValueError: if D or rotary_dim is odd or not positive, rotary_dim is larger than D, or length is negative.
     """
     require(
         head_dim > 0 and head_dim % 2 == 0,
         lambda: f"rope_table: rotation works on pairs of channels, so the head size must be even, got {head_dim}",
     )
     require(length >= 0, lambda: f"rope_table: length must not be negative, got {length}")
-    frequency = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+    rotary_dim = head_dim if rotary_dim is None else rotary_dim
+    require(
+        0 < rotary_dim <= head_dim and rotary_dim % 2 == 0,
+        lambda: f"rope_table: rotary_dim must be even and at most the head size {head_dim}, got {rotary_dim}",
+    )
+    frequency = 1.0 / base ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequency)
+    angle = F.pad(angle, (0, (head_dim - rotary_dim) // 2))
     return torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -49,10 +60,10 @@ def rope_attention(
     """Multi-head self-attention with rotary positions, an optional sliding window and register tokens.
 
     q and k are rotated over interleaved channel pairs (0,1), (2,3), … by their position's angles, in float32, and
-    rounded back to their dtype. Scores are scaled by 1/sqrt(D). Token s sees every register token, and token t when
-    |s - t| <= window // 2, or s - left <= t <= s + right; register tokens see everything, in a causal call too.
-    Register token i has position i, token t position R + t. Cost and memory grow with T · (window + R), forward and
-    backward.
+    rounded back to their dtype; a pair whose angle is zero stays (`rope_table`'s rotary_dim). Scores are scaled by
+    1/sqrt(D). Token s sees every register token, and token t when |s - t| <= window // 2, or s - left <= t <= s +
+    right; register tokens see everything, in a causal call too. Register token i has position i, token t position
+    R + t. Cost and memory grow with T · (window + R), forward and backward.
 
     Sources: Su et al., "RoFormer", 2021; Beltagy et al., "Longformer" (window and global tokens), 2020; Darcet et
     al., "Vision Transformers Need Registers", 2023.

@@ -109,6 +109,12 @@ def test_what_attention_refuses(wrong, said):
         function(*tensors, **(keywords | wrong))
 
 
+@pytest.mark.parametrize("rotary_dim", [0, -2, 3, 10])
+def test_what_rope_table_refuses(rotary_dim):
+    with pytest.raises(ValueError, match=f"rotary_dim must be even and at most the head size 8, got {rotary_dim}"):
+        F.rope_table(4, 8, rotary_dim=rotary_dim)
+
+
 def test_registers_and_window_of_a_block():
     function, tensors, keywords = CALLS["roformer_block"]
     for wrong, said in (

@@ -376,6 +376,22 @@ def test_a_rope_table_that_is_learned_gets_its_gradient(device):
     assert want.abs().sum() > 0 and relative_error(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_partial_rotary(device, name):
+    """Of 16 channels a head the first 6 turn, as a head of 6 channels would."""
+    qkv, _, _ = make(device, 1, 20, 1, 16)
+    rope = functional.rope_table(20, 16, rotary_dim=6).to(device)
+    small = functional.rope_table(20, 6)
+    assert torch.equal(rope[:, :3].cpu(), small)
+    rows = qkv[0].double().cpu()
+    for start in (0, 16):
+        rows[:, start : start + 6] = reference.rotate(rows[:, start : start + 6], small)
+    q, k, v = rows.split(16, 1)
+    want = torch.softmax(q @ k.T / 4, -1) @ v
+    with use_backend(name):
+        assert relative_error(functional.rope_attention(qkv, rope, 1)[0], want) < 1e-5
+
+
 def test_two_tiles_hold_the_keys():
     for rows in range(1, 400):
         a, b = config.key_tiles(rows)
