@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblocks import backend, functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, torch_computes
 from fastblocks.eager.attention import rotate
 from fastblocks.generator._layers import is_plain, may_fuse, require_channels_last_dim
 
@@ -296,5 +296,13 @@ ADAPTERS = {
         Adapter(Attention, _attention, _tokens, claims=_is_attention, adopt=_adopt_dropout, fixed=_FREQUENCIES),
     ],
     "LinearAttention": [Adapter(Attention, _linear_attention, _tokens, claims=_is_linear_attention)],
-    "FeedForward": [Adapter(FeedForward, _feed_forward, _tokens, claims=_is_feed_forward)],
+    "FeedForward": [
+        Adapter(
+            FeedForward,
+            _feed_forward,
+            _tokens,
+            claims=_is_feed_forward,
+            no_gain=torch_computes("matrix products", with_kernels=True),
+        )
+    ],
 }
