@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Arguments = dict[str, Any]
-Call = tuple  # (method, shape of its first argument, *further arguments)
+Call = tuple  # (method, shape of its first argument, *further arguments); a dict at the end holds keywords
 _REQUIRED = object()
 
 
