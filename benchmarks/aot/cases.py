@@ -51,10 +51,13 @@ def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 # ---- arguments of each operator
 
 
-def _attention(dtype, batch: int, tokens: int, heads: int, head_dim: int, window: int, registers: int, out: bool):
+def _attention(
+    dtype, batch: int, tokens: int, heads: int, head_dim: int, window: int, registers: int, out: bool, gated=False
+):
     width = 3 * heads * head_dim
     qkv, rope = empty(batch, tokens, width, dtype=dtype), empty(registers + tokens, head_dim // 2, 2)
-    return qkv, rope, heads, window, empty(1, registers, width, dtype=dtype) if registers else None, out
+    register_qkv = empty(1, registers, width, dtype=dtype) if registers else None
+    return qkv, rope, heads, window, register_qkv, out, empty(batch, tokens, heads, dtype=dtype) if gated else None
 
 
 def _recurrent(dtype, batch: int, length: int, shape: tuple, lstm: bool, given: bool, biased=False, keep_gates=None):
@@ -94,6 +97,8 @@ def attention() -> Iterator[tuple[str, Arguments]]:
             for out in {False, registers > 0}:
                 label = f"{name} {element}{' registers out' if out else ''}"
                 yield label, _attention(dtype, 1, *sizes, window, registers, out)
+    for name, (element, dtype) in product(("att-freq", "att-time", "full"), DTYPES.items()):  # as BS-RoFormer has them
+        yield f"{name} gates {element}", _attention(dtype, 1, *ATTENTION[name], False, True)
 
 
 def recurrent() -> Iterator[tuple[str, Arguments]]:
@@ -200,9 +205,9 @@ def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Argumen
     tokens = draw.choice((draw.randint(1, 128), draw.randint(129, 3000)))
     window = draw.choice((-1, draw.randint(1, 300)))
     registers = draw.choice((0, draw.randint(1, 16), draw.randint(1, 64)))
-    out = registers > 0 and draw.random() < 0.5
+    out, gated = registers > 0 and draw.random() < 0.5, draw.random() < 0.3
     label = f"T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * out}"
-    return label, _attention(dtype, 2, tokens, heads, head_dim, window, registers, out)
+    return label + " gates" * gated, _attention(dtype, 2, tokens, heads, head_dim, window, registers, out, gated)
 
 
 def odd_recurrent(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:

@@ -41,7 +41,13 @@ def _merge(y: Tensor) -> Tensor:
 
 
 def rope_attention(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
+    qkv: Tensor,
+    rope: Tensor,
+    n_head: int,
+    window: int,
+    register_qkv: Tensor | None,
+    return_registers: bool,
+    gate: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     batch, length, _ = qkv.shape
     registers = 0 if register_qkv is None else register_qkv.shape[1]
@@ -53,9 +59,12 @@ def rope_attention(
         y = _full(q, k, v, k_r, v_r)
     else:
         y = _windowed(q, k, v, k_r, v_r, window // 2)
+    y = _merge(y)
+    if gate is not None:
+        y = (y.unflatten(-1, (n_head, -1)) * gate.sigmoid().unsqueeze(-1)).flatten(-2)
     if not return_registers:
-        return _merge(y)
-    return _merge(y), _merge(_full(q_r, k, v, k_r, v_r))
+        return y
+    return y, _merge(_full(q_r, k, v, k_r, v_r))
 
 
 def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None) -> Tensor:

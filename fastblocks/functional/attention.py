@@ -43,6 +43,7 @@ def rope_attention(
     window: int = -1,
     register_qkv: Tensor | None = None,
     return_registers: bool = False,
+    gate: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Multi-head self-attention, not causal, with rotary positions, an optional sliding window and register tokens.
 
@@ -61,9 +62,11 @@ def rope_attention(
         window: a token sees itself and window // 2 tokens on each side; -1: all of them.
         register_qkv: (B, R, 3C), or (1, R, 3C) for registers that are the same for the whole batch.
         return_registers: also return the register tokens' output; otherwise it is not computed.
+        gate: (B, T, H), logits: each head's output is multiplied by the sigmoid of its token's. That of register tokens
+            is not.
 
     Returns:
-        (B, T, C), or with return_registers a pair of it and (B, R, C).
+        (B, T, C), or with return_registers a pair of it and (B, R, C); gated, in the promoted dtype of qkv and gate.
 
     Raises:
         ValueError: if shapes do not fit, the table is too short, or the window is 0 or below -1.
@@ -84,14 +87,19 @@ def rope_attention(
         not return_registers or registers > 0,
         lambda: "rope_attention: return_registers=True, but there are no registers",
     )
+    require(
+        gate is None or shape(gate) == (batch, length, n_head),
+        lambda: f"rope_attention: gate must be ({batch}, {length}, {n_head}), got {shape(gate)}",
+    )
     check_positions("rope_attention", rope, width // (3 * n_head), length, registers, window)
     if registers == 0:
         register_qkv = None
     window = seen_window(window, length)
-    require_floating("rope_attention", qkv=qkv, rope=rope, register_qkv=register_qkv)
+    require_floating("rope_attention", qkv=qkv, rope=rope, register_qkv=register_qkv, gate=gate)
     return run(
-        "rope_attention", _kernels, eager.rope_attention, qkv, rope, n_head, window, register_qkv, return_registers
-    )
+        "rope_attention", _kernels, eager.rope_attention, qkv, rope, n_head, window, register_qkv, return_registers,
+        gate,
+    )  # fmt: skip
 
 
 def check_positions(operation: str, rope: Tensor, head_dim: int, length: int, registers: int, window: int) -> None:

@@ -20,6 +20,8 @@ from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
     FAR,
     LOG2_E,
+    gate_arguments,
+    load_gate,
     load_rotated,
     load_rows,
     near,
@@ -34,24 +36,6 @@ from fastblocks.kernels.launch import launch
 from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
-
-
-@triton.jit
-def _rotate_kernel(
-    qkv_ptr, rope_ptr, rotated_ptr, stride_qkv_b, stride_qkv_t, n_tokens, n_registers, n_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """Rotate q and k of the tokens once, to rotated (B, T, 2C), instead of each key in every block that sees it.
-    grid (B · 2H · blocks of tokens,), blocks fastest."""
-    block, _, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), 2 * n_head)
-    start = block * BLOCK_M
-    stride_out = 2 * n_head * HEAD_DIM
-    offs = tl.arange(0, BLOCK_M)
-    qkv_ptr += b * stride_qkv_b + start.to(tl.int64) * stride_qkv_t + h * HEAD_DIM
-    rotated_ptr += (b * n_tokens + start) * stride_out + h * HEAD_DIM
-    rope_ptr += (n_registers + start).to(tl.int64) * HEAD_DIM
-    x = load_rotated(qkv_ptr, rope_ptr, offs, n_tokens - start, stride_qkv_t, HEAD_DIM, BLOCK_D)
-    store_rows(rotated_ptr, x, offs, n_tokens - start, stride_out, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -121,8 +105,9 @@ def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
 
 @triton.jit
 def _long_forward_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, lse_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
+    stride_gate_b, stride_gate_t,
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -175,7 +160,12 @@ def _long_forward_kernel(
             m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=not INTERIOR)
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
-    store_rows(out_ptr, acc / total[:, None], tl.arange(0, BLOCK_M), n_tokens - start_m, n_channels, HEAD_DIM, BLOCK_D)
+    offs, left = tl.arange(0, BLOCK_M), n_tokens - start_m
+    acc = acc / total[:, None]
+    if gate_ptr is not None:
+        gate_ptr += b * stride_gate_b + start_m.to(tl.int64) * stride_gate_t + h
+        acc *= load_gate(gate_ptr, offs, left, stride_gate_t)[:, None]
+    store_rows(out_ptr, acc, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
         lse_ptr += pid_bh.to(tl.int64) * n_tokens
         tl.store(lse_ptr + offs_m, m + tl.log2(total), mask=offs_m < n_tokens)
@@ -183,16 +173,19 @@ def _long_forward_kernel(
 
 @triton.jit
 def _grad_query_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_qkv_ptr, partial_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, grad_out_ptr, lse_ptr,
+    delta_ptr, grad_qkv_ptr, grad_gate_ptr, gated_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
-    stride_grad_b, stride_grad_t,
+    stride_gate_b, stride_gate_t, stride_grad_b, stride_grad_t,
     n_tokens, n_registers, half_window, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, delta = rowsum(out ∘ dout) (B, H, T), and these queries' part of the register tokens' dk and dv, to part
-    1 + block of partial (B, n_parts, R, 3C) float32. grid (B·H·blocks of queries,), blocks fastest."""
+    1 + block of partial (B, n_parts, R, 3C) float32. grid (B·H·blocks of queries,), blocks fastest.
+
+    With gates also their gradient (B, T, H), and gated (B, T, C) = gate · dout for the kernel of dk and dv."""
     block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), n_head)
     start_m = block * BLOCK_M
     n_channels = n_head * HEAD_DIM
@@ -214,6 +207,14 @@ def _grad_query_kernel(
     out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + pid_bh.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
+    if gate_ptr is not None:  # out is gated, and delta the gate times its gradient
+        gate_ptr += b * stride_gate_b + start_m.to(tl.int64) * stride_gate_t + h
+        gate = load_gate(gate_ptr, offs, left, stride_gate_t)
+        grad_gate = round_to(delta * (1.0 - gate), grad_gate_ptr.dtype.element_ty)
+        tl.store(grad_gate_ptr + (b * n_tokens + offs_m) * n_head + h, grad_gate, mask=offs_m < n_tokens)
+        do = round_to(do.to(tl.float32) * gate[:, None], do.dtype)
+        gated_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
+        store_rows(gated_ptr, do, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     lse_ptr += pid_bh.to(tl.int64) * n_tokens
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -348,16 +349,6 @@ def _grad_key_kernel(
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
-def rotate_tokens(qkv: Tensor, rotated: Tensor, rope: Tensor, n_head: int, plan: Plan) -> None:
-    """Fills rotated (B, T, 2C) with the tokens' q and k, rotated."""
-    config = plan.configs["rotate"]
-    launch(
-        _rotate_kernel, (qkv.shape[0] * 2 * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),), config, like=qkv,
-        qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=rotated, **strides("qkv", qkv, "bt"),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, n_head=n_head,
-    )  # fmt: skip
-
-
 def inputs_of(qkv: Tensor, qk: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
     """The arguments that all kernels here and in `registers` share, by name; qk: qkv, or where the plan says so what
     `rotate_tokens` filled."""
@@ -368,12 +359,13 @@ def inputs_of(qkv: Tensor, qk: Tensor, rope: Tensor, n_head: int, register_qkv: 
     }  # fmt: skip
 
 
-def forward(inputs: dict, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
+def forward(inputs: dict, gate: Tensor | None, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
     """Fills out (B, T, C) and, with keep, lse (B, H, T)."""
     config, n_head = plan.configs["long_forward"], inputs["n_head"]
     launch(
         _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
-        config, like=out, **inputs, out_ptr=out, lse_ptr=lse, half_window=plan.half_window, KEEP_LSE=keep,
+        config, like=out, **inputs, **gate_arguments(gate), out_ptr=out, lse_ptr=lse,
+        half_window=plan.half_window, KEEP_LSE=keep,
     )  # fmt: skip
 
 
@@ -382,23 +374,27 @@ def n_query_blocks(plan: Plan) -> int:
 
 
 def backward(
-    inputs: dict, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
-    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, partial: Tensor, n_parts: int, plan: Plan,
+    inputs: dict, gate: Tensor | None, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
+    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, grad_gate: Tensor | None, partial: Tensor, n_parts: int,
+    plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills grad_qkv (B, T, 3C), and parts 1 … blocks of partial (B, n_parts, R, 3C) with the register tokens' dk
-    and dv."""
+    """Fills grad_qkv (B, T, 3C), grad_gate (B, T, H), and parts 1 … blocks of partial (B, n_parts, R, 3C) with the
+    register tokens' dk and dv."""
     batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
+    gated = None if gate is None else torch.empty(out.shape, dtype=grad_out.dtype, device=out.device)
     both = {
-        **inputs, "grad_out_ptr": grad_out, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv,
-        **strides("grad", grad_out, "bt"), "half_window": plan.half_window,
+        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, "half_window": plan.half_window,
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
-        **both, out_ptr=out, partial_ptr=partial, n_parts=n_parts,
+        **both, **gate_arguments(gate), out_ptr=out, grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"),
+        grad_gate_ptr=grad_gate, gated_ptr=gated, partial_ptr=partial, n_parts=n_parts,
     )  # fmt: skip
+    grad_out = grad_out if gate is None else gated
     launch(
         _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
-        **both, register_out_ptr=register_out, grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
+        **both, grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"), register_out_ptr=register_out,
+        grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
         **strides("grad_register", grad_register_out, "br"),
     )  # fmt: skip

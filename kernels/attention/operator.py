@@ -2,10 +2,11 @@
 
     q, k = rotate(q), rotate(k)   interleaved channel pairs, in float32, rounded to the input's dtype
     out_s = Σ_t softmax_t(q_s · k_t / √D) v_t,   t: every register, and the tokens with |s − t| ≤ window // 2
+    out_s = sigmoid(gate_s) out_s   where there are gates, one logit for each token and head
 
 Layouts: qkv (B, T, 3C) and register_qkv (B or 1, R, 3C) with any strides but a contiguous last dimension, read in
-place; rope (≥ R + T, D/2, 2) float32; out (B, T, C) contiguous. A register token sees everything; its output is
-computed only when asked for. Rows past 2^31 elements are addressed in int64.
+place; rope (≥ R + T, D/2, 2) float32; gate (B, T, H); out (B, T, C) contiguous. A register token sees everything; its
+output is computed only when asked for, and is not gated. Rows past 2^31 elements are addressed in int64.
 
 Two sets of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and `long` (everything
 else; work and memory grow with T · (window + R)), with `registers` for the register tokens' output and gradients.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fastblocks.eager import attention as eager
 from fastblocks.kernels import runtime
-from fastblocks.kernels.attention import long, registers, short
+from fastblocks.kernels.attention import long, registers, rotation, short
 from fastblocks.kernels.attention.config import is_rotated, most_registers, plan_of, runs_short
 from fastblocks.kernels.operator import Operator
 
@@ -31,16 +32,17 @@ MAX_HEAD_DIM = 256
 
 
 def unsupported_reason(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
-) -> str:
+    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool,
+    gate: Tensor | None,
+) -> str:  # fmt: skip
     """Why these kernels do not take a call; an empty string if they do."""
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
     reason = unsupported_head(qkv.shape[2] // (3 * n_head), n_registers, rope, qkv.device)
     if reason:
         return reason
-    if register_qkv is not None and (register_qkv.dtype != qkv.dtype or register_qkv.device != qkv.device):
-        found = f"{register_qkv.dtype} on {register_qkv.device}"
-        return f"the register tokens are {found}, the tokens {qkv.dtype} on {qkv.device}"
+    for what, x in (("register tokens", register_qkv), ("gates", gate)):
+        if x is not None and (x.dtype != qkv.dtype or x.device != qkv.device):
+            return f"the {what} are {x.dtype} on {x.device}, the tokens {qkv.dtype} on {qkv.device}"
     return ""
 
 
@@ -57,7 +59,7 @@ def unsupported_head(head_dim: int, n_registers: int, rope: Tensor, device: torc
     return ""
 
 
-def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, keep):
+def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, gate, keep):
     batch, n_tokens, width = qkv.shape
     n_registers = 0 if register_qkv is None else register_qkv.shape[1]
     short = runs_short(qkv, n_head, n_registers)
@@ -90,13 +92,13 @@ def _parts_of(kept: Tensor, qkv: Tensor, n_head: int, rotated: bool) -> tuple[Te
     return qk, kept[floats:end], kept[end:]
 
 
-def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, keep):
+def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, gate, keep):
     out = outputs[0]
     register_out, kept = (out if result is None else result for result in outputs[1:])  # a placeholder, not written
-    qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
+    qkv, rope, register_qkv, gate = _readable(qkv), rope.contiguous(), _readable(register_qkv), _readable(gate)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     if plan.short:
-        short.forward(qkv, rope, n_head, register_qkv, out, register_out, plan)
+        short.forward(qkv, rope, n_head, register_qkv, gate, out, register_out, plan)
         return
     if keep:
         qk, lse, register_lse = _parts_of(kept, qkv, n_head, plan.rotated)
@@ -105,23 +107,24 @@ def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, ke
         if plan.rotated:
             qk = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3 * 2))
     if plan.rotated:
-        long.rotate_tokens(qkv, qk, rope, n_head, plan)
+        rotation.rotate_tokens(qkv, qk, rope, n_head, plan)
     inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
-    long.forward(inputs, out, lse, keep, plan)
+    long.forward(inputs, gate, out, lse, keep, plan)
     if registers_out:
         registers.forward(inputs, register_out, register_lse, keep, plan)
 
 
-def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_out, out, register_out, kept):
+def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_out, gate, out, register_out, kept):
     grad_out, grad_register_out = grads
     registers_out = registers_out and grad_register_out is not None
     grad_out = torch.zeros_like(out) if grad_out is None else _readable(grad_out)
     grad_register_out = _readable(grad_register_out) if registers_out else grad_out
     register_out = register_out if registers_out else out  # a placeholder, not read
-    qkv, rope, register_qkv = _readable(qkv), rope.contiguous(), _readable(register_qkv)
+    qkv, rope, register_qkv, gate = _readable(qkv), rope.contiguous(), _readable(register_qkv), _readable(gate)
     plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
     batch, n_tokens, width = qkv.shape
     grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
+    grad_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     n_parts, first_part, last_part_q, last_part = 1, 0, 1, 1
     if not plan.short:
         blocks = long.n_query_blocks(plan)
@@ -132,26 +135,29 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
         partial = torch.empty((batch, n_parts, plan.n_registers, width), dtype=torch.float32, device=qkv.device)
 
     if plan.short:
-        short.backward(grad_out, grad_register_out, qkv, rope, n_head, register_qkv, grad_qkv, partial, plan)
+        short.backward(
+            grad_out, grad_register_out, qkv, rope, n_head, register_qkv, gate, grad_qkv, grad_gate, partial, plan
+        )
     else:
         qk, lse, register_lse = _parts_of(kept, qkv, n_head, plan.rotated)
         inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
         long.backward(
-            inputs, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, partial, n_parts, plan
-        )
+            inputs, gate, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, grad_gate,
+            partial, n_parts, plan,
+        )  # fmt: skip
         if registers_out:
             registers.backward(inputs, grad_register_out, register_out, register_lse, partial, n_parts, plan)
     if register_qkv is None:
-        return grad_qkv, None, None
+        return grad_qkv, None, None, grad_gate
     grad_register = torch.empty(register_qkv.shape, dtype=qkv.dtype, device=qkv.device)
     registers.gradient(partial, rope, n_head, grad_register, first_part, last_part_q, last_part, plan)
-    return grad_qkv, None, grad_register
+    return grad_qkv, None, grad_register, grad_gate
 
 
 OPERATOR = Operator(
     "rope_attention",
-    "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, bool keep) "
-    "-> (Tensor out, Tensor register_out, Tensor kept)",
+    "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, Tensor? gate, "
+    "bool keep) -> (Tensor out, Tensor register_out, Tensor kept)",
     results=2,
     outputs=_outputs,
     forward=_forward,
@@ -162,8 +168,9 @@ OPERATOR = Operator(
 
 
 def rope_attention(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool,
+    gate: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`fastblocks.functional.rope_attention`, for arguments that `unsupported_reason` accepts."""
-    out, register_out = OPERATOR(qkv, rope, n_head, window, register_qkv, return_registers)
+    out, register_out = OPERATOR(qkv, rope, n_head, window, register_qkv, return_registers, gate)
     return (out, register_out) if return_registers else out

@@ -18,6 +18,8 @@ from torch import Tensor
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
     LOG2_E,
+    gate_arguments,
+    load_gate,
     load_rows,
     load_sequence,
     register_arguments,
@@ -64,8 +66,8 @@ def _scores(
 
 @triton.jit
 def _short_forward_kernel(
-    qkv_ptr, rope_ptr, register_ptr, out_ptr, register_out_ptr,
-    stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
+    qkv_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, register_out_ptr,
+    stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r, stride_gate_b, stride_gate_t,
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -130,6 +132,9 @@ def _short_forward_kernel(
             total += tl.sum(p_b, 1)
             acc += dot(round_to(p_b, v_b.dtype), v_b, PRECISION)
         acc = acc / total[:, None]
+        if gate_ptr is not None:
+            gate = load_gate(gate_ptr + b * stride_gate_b + h, offs_m - n_registers, n_tokens, stride_gate_t)
+            acc *= gate[:, None]
         store_rows(out_ptr, acc, offs_m - n_registers, n_tokens, n_channels, HEAD_DIM, BLOCK_D)
         if REGISTERS_OUT:
             store_rows(register_out_ptr, acc, offs_m, n_registers, n_channels, HEAD_DIM, BLOCK_D)
@@ -150,8 +155,9 @@ def _store_gradient(
 
 @triton.jit
 def _short_backward_kernel(
-    qkv_ptr, rope_ptr, register_ptr, grad_out_ptr, grad_register_out_ptr, grad_qkv_ptr, partial_ptr,
-    stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r,
+    qkv_ptr, rope_ptr, register_ptr, gate_ptr, grad_out_ptr, grad_register_out_ptr, grad_qkv_ptr, grad_gate_ptr,
+    partial_ptr,
+    stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r, stride_gate_b, stride_gate_t,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
     n_tokens, n_registers, half_window, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -208,6 +214,9 @@ def _short_backward_kernel(
             q = load_rows(token_ptr, offs_m - n_registers, n_tokens, stride_qkv_t, HEAD_DIM, BLOCK_D, EVEN)
             q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN), q.dtype)
             do = load_rows(grad_out_ptr, offs_m - n_registers, n_tokens, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
+        if gate_ptr is not None:
+            gate = load_gate(gate_ptr + b * stride_gate_b + h, offs_m - n_registers, n_tokens, stride_gate_t)
+            do = round_to(do.to(tl.float32) * gate[:, None], do.dtype)
 
         p_a = _scores(
             q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
@@ -234,6 +243,11 @@ def _short_backward_kernel(
             dv_b += dot(tl.trans(round_to(p_b, do.dtype)), do, PRECISION)
             dp_b = dot(do, tl.trans(v_b), PRECISION)
             delta += tl.sum(p_b * dp_b, 1)
+        if gate_ptr is not None:  # delta is the gate times its gradient
+            offs_t = offs_m - n_registers
+            grad_gate = round_to(delta * (1.0 - gate), grad_gate_ptr.dtype.element_ty)
+            mask_t = (offs_t >= 0) & (offs_t < n_tokens)
+            tl.store(grad_gate_ptr + (b * n_tokens + offs_t) * n_head + h, grad_gate, mask=mask_t)
         ds_a = round_to(p_a * (dp_a - delta[:, None]), q.dtype)
         dq = dot(ds_a, k_a, PRECISION)  # [BLOCK_M, BLOCK_D]
         dk_a += dot(tl.trans(ds_a), q, PRECISION)
@@ -266,13 +280,14 @@ def _short_backward_kernel(
 
 
 def forward(
-    qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, out: Tensor, register_out: Tensor, plan: Plan
-) -> None:
+    qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, gate: Tensor | None, out: Tensor,
+    register_out: Tensor, plan: Plan,
+) -> None:  # fmt: skip
     """Fills out (B, T, C) and, where the plan has it, register_out (B, R, C)."""
     launch(
         _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
-        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv),
+        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
         scale=plan.scale,
     )  # fmt: skip
@@ -280,14 +295,14 @@ def forward(
 
 def backward(
     grad_out: Tensor, grad_register_out: Tensor, qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None,
-    grad_qkv: Tensor, partial: Tensor, plan: Plan,
+    gate: Tensor | None, grad_qkv: Tensor, grad_gate: Tensor | None, partial: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
-    """Fills grad_qkv (B, T, 3C) and partial (B, 1, R, 3C)."""
+    """Fills grad_qkv (B, T, 3C), grad_gate (B, T, H) and partial (B, 1, R, 3C)."""
     launch(
         _short_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_backward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
-        grad_qkv_ptr=grad_qkv, partial_ptr=partial,
-        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv),
+        grad_qkv_ptr=grad_qkv, grad_gate_ptr=grad_gate, partial_ptr=partial,
+        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
         **strides("grad", grad_out, "bt"), **strides("grad_register", grad_register_out, "br"),
         n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
         scale=plan.scale,

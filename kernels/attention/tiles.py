@@ -116,6 +116,13 @@ def load_sequence(
 
 
 @triton.jit
+def load_gate(gate_ptr, offs, end, stride):
+    """sigmoid of the logits of rows 0 ≤ offs < end of one head, 1 outside."""
+    logits = tl.load(gate_ptr + offs * stride, mask=(offs >= 0) & (offs < end), other=float("inf"))
+    return 1.0 / (1.0 + tl.exp2(logits.to(tl.float32) * -LOG2_E))
+
+
+@triton.jit
 def near(offs_q, offs_k, half_window):
     """Mask [queries, keys]: |offs_q − offs_k| ≤ half_window, in one subtraction and one comparison: a difference below
     −half_window becomes, unsigned, a large one."""
@@ -136,6 +143,11 @@ def visible(
             seen = seen | (offs_k < n_registers)[None, :] | (offs_q < n_registers)[:, None]
         mask = mask & seen
     return mask
+
+
+def gate_arguments(gate: Tensor | None) -> dict:
+    """The gates' pointer, None where there are none, and strides; their last one is 1."""
+    return {"gate_ptr": gate, **strides("gate", gate, "bt")}
 
 
 def register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> dict:

@@ -68,7 +68,7 @@ def _outputs(
     qkv = x.new_empty((all_rows, 3 * channels), dtype=dtype)
     qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
     attended, register_attended, lse = attention.OPERATOR.outputs(
-        qkv_tokens, rope, n_head, window, qkv_registers, registers_out, keep
+        qkv_tokens, rope, n_head, window, qkv_registers, registers_out, None, keep
     )
     mlp_rows = tokens + (batch * n_registers if registers_out else 0)
     keep_mlp = keep or not config.fuses(channels, dtype)
@@ -120,7 +120,7 @@ def _forward(
         steps.norm_linear_forward(as_rows(registers), qkv_weight, *(t for _, t in kept1), eps_attention)
     qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
     attention.OPERATOR.forward(
-        (attended, register_attended, lse), qkv_tokens, rope, n_head, window, qkv_registers, registers_out, keep
+        (attended, register_attended, lse), qkv_tokens, rope, n_head, window, qkv_registers, registers_out, None, keep
     )
     kept2 = [_split(t, len(rows)) for t in (normalized2, rstd2)]
     steps.mlp_forward(as_rows(attended), out_weight, rows, mlp_weight, as_rows(y), *(t for t, _ in kept2), eps_mlp)
@@ -173,9 +173,9 @@ def _backward(
         grad_register_attended = grad_register_attended.view(register_attended.shape)
 
     qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
-    grad_qkv, _, grad_register_qkv = attention.OPERATOR.backward(
+    grad_qkv, _, grad_register_qkv, _ = attention.OPERATOR.backward(
         (grad_attended.view(x.shape), grad_register_attended), (True, False, registers is not None), qkv_tokens, rope,
-        n_head, window, qkv_registers, registers_out, attended, register_attended, lse,
+        n_head, window, qkv_registers, registers_out, None, attended, register_attended, lse,
     )  # fmt: skip
 
     (normalized, register_normalized), (rstd, register_rstd) = _split(normalized1, tokens), _split(rstd1, tokens)

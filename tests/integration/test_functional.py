@@ -92,6 +92,20 @@ def test_every_tensor_of_a_block_has_to_fit(name):
                 function(*(wrong if i == j else t for j, t in enumerate(tensors)), **keywords)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"window": 0}, "window must be positive, or -1 for all, got 0"),
+        ({"gate": ones(1, 6, 4)}, r"gate must be \(1, 6, 2\), got \(1, 6, 4\)"),
+        ({"gate": torch.ones(1, 6, 2, dtype=torch.int32)}, r"gate must be floating-point, got torch\.int32"),
+    ],
+)
+def test_what_attention_refuses(wrong, said):
+    function, tensors, keywords = CALLS["rope_attention"]
+    with pytest.raises(ValueError, match=f"rope_attention: {said}"):
+        function(*tensors, **(keywords | wrong))
+
+
 def test_registers_and_window_of_a_block():
     function, tensors, keywords = CALLS["roformer_block"]
     for wrong, said in (

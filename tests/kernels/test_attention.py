@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("out", "register_out", "grad_qkv", "grad_register_qkv")
+NAMES = ("out", "register_out", "grad_qkv", "grad_register_qkv", "grad_gate")
 
 
 def make(device, batch, tokens, heads, dim, registers=0, shared=False, dtype=torch.float32):
@@ -30,39 +30,44 @@ def make(device, batch, tokens, heads, dim, registers=0, shared=False, dtype=tor
     return qkv, functional.rope_table(registers + tokens, dim).to(device), register_qkv
 
 
-def run(name, qkv, rope, heads, window, register_qkv, registers_out, upstream):
+def run(name, qkv, rope, heads, window, register_qkv, registers_out, upstream, gate=None):
     """out, the registers' output, and all gradients, by one backend."""
-    inputs = [x.detach().requires_grad_() if x is not None else None for x in (qkv, register_qkv)]
+    inputs = [x.detach().requires_grad_() if x is not None else None for x in (qkv, register_qkv, gate)]
     with use_backend(name):
         with backend._watch() as decisions:
             results = functional.rope_attention(
-                inputs[0], rope, heads, window=window, register_qkv=inputs[1], return_registers=registers_out
-            )
+                inputs[0], rope, heads, window=window, register_qkv=inputs[1], return_registers=registers_out,
+                gate=inputs[2],
+            )  # fmt: skip
         assert decisions[0].backend == name, decisions  # a kernel that steps aside has not been tested
         results = list(results) if registers_out else [results]
-        wanted = [x for x in inputs if x is not None]
-        grads = torch.autograd.grad(results, wanted, upstream[: len(results)])
-    return [results[0].detach(), results[1].detach() if registers_out else None, *grads, *[None] * (2 - len(grads))]
+        grads = gradients(results, inputs, upstream)
+    return [results[0].detach(), results[1].detach() if registers_out else None, *grads]
+
+
+def gradients(results, inputs, upstream):
+    """A gradient for each input, None for None."""
+    found = iter(torch.autograd.grad(results, [x for x in inputs if x is not None], upstream[: len(results)]))
+    return [None if x is None else next(found) for x in inputs]
 
 
 def check(device, batch, tokens, heads, dim, window=-1, registers=0, shared=False, registers_out=False,
-          dtype=torch.float32, layout=lambda x: x):  # fmt: skip
+          dtype=torch.float32, layout=lambda x: x, gated=False):  # fmt: skip
     """All results of both backends. A token that sees only itself has P = 1, and dq = dk = 0: plain PyTorch happens to
     be exact there, the kernels for long sequences round a difference of two sums of `dim` products."""
     qkv, rope, register_qkv = make(device, batch, tokens, heads, dim, registers, shared, dtype)
     qkv = layout(qkv)
     register_qkv = None if register_qkv is None else layout(register_qkv)
+    gate = layout(2 * torch.randn(batch, tokens, heads, device=device, dtype=dtype)) if gated else None
     upstream = [torch.randn(batch, n, heads * dim, device=device, dtype=dtype) for n in (tokens, registers)]
-    wide = [x.detach().double().requires_grad_() if x is not None else None for x in (qkv, register_qkv)]
-    exact = list(reference.rope_attention(wide[0], rope, heads, window, wide[1]))
+    wide = [x.detach().double().requires_grad_() if x is not None else None for x in (qkv, register_qkv, gate)]
+    exact = list(reference.rope_attention(wide[0], rope, heads, window, *wide[1:]))
     count = 2 if registers_out else 1
-    grads = torch.autograd.grad(
-        exact[:count], [x for x in wide if x is not None], [g.double() for g in upstream[:count]]
-    )
-    exact = [exact[0], exact[1] if registers_out else None, *grads, None]
-    eager = run("eager", qkv, rope, heads, window, register_qkv, registers_out, upstream)
-    fused = run("triton", qkv, rope, heads, window, register_qkv, registers_out, upstream)
-    for what, a, b, c in zip(NAMES, fused, eager, exact, strict=False):
+    grads = gradients(exact[:count], wide, [g.double() for g in upstream])
+    exact = [exact[0], exact[1] if registers_out else None, *grads]
+    eager = run("eager", qkv, rope, heads, window, register_qkv, registers_out, upstream, gate)
+    fused = run("triton", qkv, rope, heads, window, register_qkv, registers_out, upstream, gate)
+    for what, a, b, c in zip(NAMES, fused, eager, exact, strict=True):
         if c is not None:
             assert relative_error(b, c) < 20 * torch.finfo(dtype).eps, f"{what}: plain PyTorch itself is wrong"
             if registers == 0 and (window == 1 or tokens == 1):
@@ -128,7 +133,7 @@ def test_edges_of_windows_and_of_blocks(device, small_blocks, tokens):
     halves = {0, 1, 7, 8, *(16 * blocks + i for blocks in (1, 2, 3) for i in (-2, -1, 0, 1))}
     for half_window in sorted(half for half in halves if half < tokens):
         window = 2 * half_window + 1
-        out, _, grad, _ = run("triton", qkv, rope, 1, window, None, False, [upstream])
+        out, _, grad, *_ = run("triton", qkv, rope, 1, window, None, False, [upstream])
         wide = qkv.double().requires_grad_()
         want = reference.rope_attention(wide, rope, 1, window)[0]
         (want_grad,) = torch.autograd.grad(want, wide, upstream.double())
@@ -164,7 +169,7 @@ def test_register_tokens_that_would_spill_are_refused(architecture, said):
 
     qkv, rope, register_qkv = make("cpu", 1, 8, 1, 64, registers=48)
     with runtime.pretending(architecture):
-        assert unsupported_reason(qkv, rope, 1, -1, register_qkv, False) == said
+        assert unsupported_reason(qkv, rope, 1, -1, register_qkv, False, None) == said
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,14 +177,35 @@ def test_register_tokens_that_would_spill_are_refused(architecture, said):
 @pytest.mark.parametrize("registers_out", [False, True])
 @pytest.mark.parametrize("window", [-1, 12])
 def test_registers(device, dtype, shared, registers_out, window):
-    check(device, 2, 40, 1, 16, window, 3, shared, registers_out, dtype)
+    check(device, 2, 40, 1, 16, window, 3, shared, registers_out, dtype, gated=shared)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("registers_out", [False, True])
 def test_registers_in_blocks(device, blocks, dtype, shared, registers_out):
-    check(device, 2, 90, 1, 16, 40, 3, shared, registers_out, dtype)
+    check(device, 2, 90, 1, 16, 40, 3, shared, registers_out, dtype, gated=shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [40, 100])
+def test_gates_of_short_sequences(device, dtype, tokens):
+    """Up to 64 rows in one pass, above in two."""
+    check(device, 2, tokens, 2, 10, dtype=dtype, gated=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates_in_blocks(device, blocks, dtype):
+    check(device, 2, 90, 2, 10, dtype=dtype, gated=True)
+
+
+def test_gates_of_another_dtype_go_to_pytorch(device):
+    qkv, rope, _ = make(device, 1, 4, 1, 8, dtype=torch.bfloat16)
+    with use_backend("triton"), backend._watch() as decisions:
+        y = functional.rope_attention(qkv, rope, 1, gate=torch.zeros(1, 4, 1, device=device))
+    assert "the gates are torch.float32" in decisions[0].reason and y.dtype == torch.float32
+    with use_backend("eager"):
+        assert torch.equal(y, functional.rope_attention(qkv, rope, 1) * 0.5)
 
 
 @pytest.mark.parametrize("registers", [1, 17, 64])
@@ -220,12 +246,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts(device, layout):
-    check(device, 2, 20, 2, 16, 6, 2, False, True, layout=layout)
+    check(device, 2, 20, 2, 16, 6, 2, False, True, layout=layout, gated=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_layouts_in_blocks(device, blocks, layout):
-    check(device, 2, 40, 1, 16, 6, 2, False, True, layout=layout)
+    check(device, 2, 40, 1, 16, 6, 2, False, True, layout=layout, gated=True)
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
@@ -251,7 +277,8 @@ def test_two_runs_give_the_same_bits(device, in_blocks, request):
         request.getfixturevalue("blocks")
     qkv, rope, register_qkv = make(device, 3, 100, 2, 16, 3, True)
     upstream = [torch.randn(3, n, 32, device=device) for n in (100, 3)]
-    first, second = (run("triton", qkv, rope, 2, 30, register_qkv, True, upstream) for _ in range(2))
+    gate = torch.randn(3, 100, 2, device=device)
+    first, second = (run("triton", qkv, rope, 2, 30, register_qkv, True, upstream, gate) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -270,13 +297,14 @@ def test_a_register_is_learned(device, name):
 def test_second_derivatives(device):
     """create_graph=True goes through the plain formula, and gives what plain PyTorch in float64 gives."""
     qkv, rope, register_qkv = make(device, 1, 20, 2, 8, 2)
+    leaves = qkv, register_qkv, torch.randn(1, 20, 2, device=device)
     got, wanted = [], []
     for name, dtype, results in (("triton", torch.float32, got), ("eager", torch.float64, wanted)):
-        x, r = (t.to(dtype).requires_grad_() for t in (qkv, register_qkv))
+        x, r, z = inputs = [t.to(dtype).requires_grad_() for t in leaves]
         with use_backend(name), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            y, z = functional.rope_attention(x, rope, 2, window=6, register_qkv=r, return_registers=True)
-        first = torch.autograd.grad(y.square().sum() + z.square().sum(), (x, r), create_graph=True)
-        results += [*first, *torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, r))]
+            y = functional.rope_attention(x, rope, 2, window=6, register_qkv=r, return_registers=True, gate=z)
+        first = torch.autograd.grad(sum(t.square().sum() for t in y), inputs, create_graph=True)
+        results += [*first, *torch.autograd.grad(sum(t.square().sum() for t in first), inputs)]
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, wanted, strict=True))
 
 
@@ -294,7 +322,7 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(device):
             if "bfloat16" not in reason:
                 functional.rope_attention(x, table, 1, register_qkv=registers)
             else:
-                assert reason in attention.unsupported_reason(x, table, 1, -1, registers, False)
+                assert reason in attention.unsupported_reason(x, table, 1, -1, registers, False, None)
                 continue
         assert decisions[0].backend == "eager" and reason in decisions[0].reason, decisions
 

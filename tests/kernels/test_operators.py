@@ -15,11 +15,11 @@ from tests.compare import relative_error
 OPERATORS = all_operators()
 
 
-def attention(tokens, registers, registers_out, window=-1):
+def attention(tokens, registers, registers_out, window=-1, gated=False):
     def make():
         qkv, register_qkv = torch.randn(2, tokens, 48), torch.randn(1, registers, 48) if registers else None
         rope = functional.rope_table(registers + tokens, 8)
-        return qkv, rope, 2, window, register_qkv, registers_out
+        return qkv, rope, 2, window, register_qkv, registers_out, torch.randn(2, tokens, 2) if gated else None
 
     return "rope_attention", make
 
@@ -97,12 +97,12 @@ def rnn(dtype, gates, layers, stream=None):
 
 
 CONSTANTS = {"rope_attention": (1,), "roformer_block": (8,)}  # by operator: tensors that take no gradient
-WITH_X = {"rope_attention": 4, "roformer_block": 11}  # by operator: the registers, which have the dtype of x
+WITH_X = {"rope_attention": (4, 6), "roformer_block": (11,)}  # by operator: what has the dtype of x
 
 CASES = {
     "attention, short": attention(18, 0, False),
-    "attention, short, registers": attention(18, 2, True, 8),
-    "attention, long": attention(150, 0, False, 20),
+    "attention, short, registers": attention(18, 2, True, 8, gated=True),
+    "attention, long": attention(150, 0, False, 20, gated=True),
     "attention, long, registers": attention(150, 3, True, 20),
     "attention, registers that nobody asks": attention(150, 3, False),
     "GRU, fused": recurrence(3, 8, False, True),
@@ -255,8 +255,9 @@ def test_second_derivatives_under_autocast(case, device):
     dtype_at = [i for i, a in enumerate(given) if isinstance(a, torch.dtype)]
     for x_dtype in (torch.float32, torch.bfloat16):
         given[0] = given[0].detach().to(x_dtype).requires_grad_()
-        if (i := WITH_X.get(operator.name)) and given[i] is not None:
-            given[i] = given[i].detach().to(x_dtype).requires_grad_()
+        for i in WITH_X.get(operator.name, ()):
+            if given[i] is not None:
+                given[i] = given[i].detach().to(x_dtype).requires_grad_()
         for i in dtype_at:
             given[i] = torch.bfloat16
         leaves = [a for a in given if isinstance(a, torch.Tensor) and a.requires_grad]
@@ -291,7 +292,7 @@ def test_the_public_functions_run_on_operators(device):
 def large(name):
     """Arguments on the meta device with a batch that no second or third dimension of a grid takes."""
     batch, sizes = 70000, {
-        "rope_attention": lambda b: (empty(b, 40, 48), empty(40, 4, 2), 2, -1, None, False),
+        "rope_attention": lambda b: (empty(b, 40, 48), empty(40, 4, 2), 2, -1, None, False, None),
         "grouped_rnn": lambda b: (
             empty(b, 3, 80), empty(1, 2, 24, 40), empty(1, 2, 24, 8), *[None] * 4, torch.float32, None,
         ),

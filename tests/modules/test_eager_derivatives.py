@@ -285,8 +285,10 @@ def operations():
         "swiglu": (functional.swiglu, [torch.randn(3, 4), torch.randn(3, 4)]),
         "swiglu_mlp": (functional.swiglu_mlp, [torch.randn(s) for s in ((3, 4), (5, 4), (5, 4), (6, 5))]),
         "rope_attention": (
-            lambda qkv, r: functional.rope_attention(qkv, rope, 2, window=4, register_qkv=r, return_registers=True),
-            [torch.randn(2, 9, 24), torch.randn(1, 3, 24)],
+            lambda qkv, r, gate: functional.rope_attention(
+                qkv, rope, 2, window=4, register_qkv=r, return_registers=True, gate=gate
+            ),
+            [torch.randn(2, 9, 24), torch.randn(1, 3, 24), torch.randn(2, 9, 2)],
         ),
         "depthwise_conv_layer_norm": (partial(functional.depthwise_conv_layer_norm, stride=(2,)), conv),
         "convnext_mlp": (functional.convnext_mlp, [torch.randn(s) for s in ((2, 5, 4), (6, 4), (6,), (3, 6), (3,))]),

@@ -26,7 +26,12 @@ def visible(n_tokens: int, n_registers: int, window: int) -> Tensor:
 
 
 def rope_attention(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int = -1, register_qkv: Tensor | None = None
+    qkv: Tensor,
+    rope: Tensor,
+    n_head: int,
+    window: int = -1,
+    register_qkv: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, C) and what the registers see (B, R, C), float64."""
     batch, n_tokens, width = qkv.shape
@@ -44,7 +49,10 @@ def rope_attention(
             q, k, v = (rows[:, i * channels + h * dim : i * channels + (h + 1) * dim] for i in range(3))
             scores = rotate(q, rope) @ rotate(k, rope).T / dim**0.5
             scores = scores.masked_fill(~mask, float("-inf"))
-            heads.append(torch.softmax(scores, dim=-1) @ v)
+            y = torch.softmax(scores, dim=-1) @ v
+            if gate is not None:
+                y = torch.cat((y[:n_registers], y[n_registers:] / (1 + torch.exp(-gate[b, :, h, None].double()))))
+            heads.append(y)
         results.append(torch.cat(heads, dim=-1))
     whole = torch.stack(results)
     return whole[:, n_registers:], whole[:, :n_registers]
