@@ -100,8 +100,7 @@ class Attention(nn.Module):
                 raise ValueError("this Attention mixes values with those of an earlier layer: value_residual is None")
             mixed = v.lerp(value_residual, mix[0].sigmoid().transpose(1, 2).unsqueeze(-1))
             qkv = torch.cat((qk, mixed.transpose(1, 2).flatten(2)), dim=-1)
-        y = self._attend(qkv).unflatten(-1, (self.heads, -1)) * gates.sigmoid().unsqueeze(-1)
-        return self.to_out(y.flatten(2)), v
+        return self.to_out(self._attend(qkv, gates)), v
 
     def _projections(self, x: Tensor) -> list[Tensor]:
         """(B, T, 3HD), and (B, T, H) of the gates and, where there is one, of the mix."""
@@ -112,16 +111,17 @@ class Attention(nn.Module):
         x = self.norm(x)
         return [linear(x) for linear in linears]
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """(B, T, 3HD) -> (B, T, HD)."""
+    def _attend(self, qkv: Tensor, gates: Tensor) -> Tensor:
+        """(B, T, 3HD), (B, T, H) -> (B, T, HD)."""
         rope = self.rotary_embed.table(qkv.shape[1], qkv.dtype)
         if not (self.training and self.dropout):
-            return functional.rope_attention(qkv, rope, self.heads)
+            return functional.rope_attention(qkv, rope, self.heads, gate=gates)
         backend.declined("rope_attention", f"dropout {self.dropout} in training")
         qk, v = qkv.unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
         q, k = rotate(qk, rope).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v.squeeze(2)))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).transpose(1, 2)
+        return (y * gates.sigmoid().unsqueeze(-1)).flatten(2)
 
 
 class ValueResidualAttention(Attention):
