@@ -24,16 +24,19 @@ SIZES = {
     "full": {
         "separator": (4, 132300, {"dim": 256, "depth": 6, "heads": 8, "dim_head": 64}),
         "vocos": (16, 1000, {"dim": 512, "intermediate_dim": 1536, "num_layers": 8}),
+        "x-transformers": (8, 2048, {"dim": 512, "depth": 6, "heads": 8}),
         "timm": (32, 224, {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}),
     },
     "cpu": {
         "separator": (1, 44100, {"dim": 64, "depth": 1, "heads": 4, "dim_head": 32}),
         "vocos": (2, 400, {"dim": 256, "intermediate_dim": 768, "num_layers": 4}),
+        "x-transformers": (2, 300, {"dim": 128, "depth": 2, "heads": 4}),
         "timm": (1, 128, {"depths": (1, 1, 3, 1), "dims": (48, 96, 192, 384)}),
     },
     "toy": {
         "separator": (1, 4000, {"dim": 8, "depth": 1, "heads": 2, "dim_head": 8}),
         "vocos": (1, 20, {"dim": 8, "intermediate_dim": 16, "num_layers": 1}),
+        "x-transformers": (1, 9, {"dim": 8, "depth": 1, "heads": 2}),
         "timm": (1, 32, {"depths": (1,) * 4, "dims": (8,) * 4}),
     },
 }  # B, length, arguments of the model
@@ -77,6 +80,10 @@ def _separator(name: str, **arguments) -> Separator:
     return Separator(getattr(import_module("bs_roformer"), name)(**arguments))
 
 
+def _encoder(**arguments) -> nn.Module:
+    return import_module("x_transformers").Encoder(attn_dim_head=64, rotary_pos_emb=True, ff_glu=True, **arguments)
+
+
 def _timm(**arguments) -> nn.Module:
     return import_module("timm.models.convnext").ConvNeXt(num_classes=10, **arguments)
 
@@ -111,6 +118,11 @@ def workloads(size: str) -> list[Workload]:
     batch, frames, arguments = SIZES[size]["vocos"]
     shape = f"{(batch, 100, frames)}, dim {arguments['dim']}, layers {arguments['num_layers']}"
     add("vocos", "vocos", shape, partial(Vocoder, **arguments), batch, 100, frames)
+
+    batch, length, arguments = SIZES[size]["x-transformers"]
+    shape = f"{(batch, length, arguments['dim'])}, depth {arguments['depth']}"
+    make = partial(_encoder, **arguments)
+    add("x-transformers", "x_transformers", shape, make, batch, length, arguments["dim"])
 
     batch, side, arguments = SIZES[size]["timm"]
     shape = f"B {batch}, {by((side, side))}, dims {by(arguments['dims'])}, depths {by(arguments['depths'])}"
