@@ -5,10 +5,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 
 import torch
 
+import fastblocks
 from benchmarks.providers.runner import tf32
+from benchmarks.workloads import discriminators
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ALL_DTYPES = DTYPES | {"fp16": torch.float16}
@@ -121,6 +124,17 @@ def convnext_mlp() -> Iterator[tuple[str, Arguments]]:
         yield f"{name} {element}", _mlp(dtype, batch, channels, 4 * channels, channels, sizes, True)
 
 
+def _spectral_norm(dtype, weights: list[tuple[int, ...]], iterations: int) -> Arguments:
+    vectors = [
+        [empty(n, dtype=dtype) for n in sizes] for sizes in zip(*((s[0], prod(s[1:])) for s in weights), strict=True)
+    ]
+    return [empty(*s, dtype=dtype) for s in weights], *vectors, iterations, 1e-12
+
+
+def _weight_norm(dtype, weights: list[tuple[int, ...]]) -> Arguments:
+    return [empty(*s, dtype=dtype) for s in weights], [empty(s[0], *[1] * (len(s) - 1), dtype=dtype) for s in weights]
+
+
 def rms_norm() -> Iterator[tuple[str, Arguments]]:
     for (name, (n, c)), (element, dtype) in product((ROWS | {"16384": (512, 16384)}).items(), DTYPES.items()):
         yield f"rows-norm-{name} {element}", (empty(n, c, dtype=dtype), empty(c), 1e-6)
@@ -175,6 +189,27 @@ def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dty
 PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
 
 
+def weights_of_discriminators() -> dict[str, list[tuple[int, ...]]]:
+    """Shapes of the normed weights of each discriminator."""
+    found = {}
+    for workload in discriminators.workloads("full"):
+        with torch.device("meta"):
+            convs = workload.build(fastblocks).modules()
+        found[workload.name] = [tuple(conv.weight_orig.shape) for conv in convs if hasattr(conv, "weight_orig")]
+    return found
+
+
+def spectral_norm() -> Iterator[tuple[str, Arguments]]:
+    for (name, weights), (element, dtype) in product(weights_of_discriminators().items(), DTYPES.items()):
+        for iterations in (1, 0):
+            yield f"{name} {'' if iterations else 'evaluation '}{element}", _spectral_norm(dtype, weights, iterations)
+
+
+def weight_norm() -> Iterator[tuple[str, Arguments]]:
+    for (name, weights), (element, dtype) in product(weights_of_discriminators().items(), DTYPES.items()):
+        yield f"{name} {element}", _weight_norm(dtype, weights)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Arguments of an operator, on the device "meta"."""
@@ -198,6 +233,23 @@ def standard_shapes() -> Iterator[Shape]:
 
 
 # ---- odd shapes
+
+
+def odd_weights(draw: random.Random) -> list[tuple[int, ...]]:
+    return [
+        (draw.randint(1, draw.choice((4, 64, 1024))), draw.randint(1, draw.choice((4, 300))), draw.randint(1, 9))
+        for _ in range(draw.randint(1, draw.choice((3, 80))))
+    ]
+
+
+def odd_spectral_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    weights, iterations = odd_weights(draw), draw.randint(0, 1)
+    return f"{len(weights)} weights iterations {iterations}", _spectral_norm(dtype, weights, iterations)
+
+
+def odd_weight_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    weights = odd_weights(draw)
+    return f"{len(weights)} weights", _weight_norm(dtype, weights)
 
 
 def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
@@ -286,6 +338,8 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard 
     "swiglu_mlp": (swiglu_mlp, odd_swiglu_mlp),
     "roformer_block": (roformer_block, odd_roformer_block),
     "rnn_block": (rnn_block, odd_rnn_block),
+    "spectral_norm": (spectral_norm, odd_spectral_norm),
+    "weight_norm": (weight_norm, odd_weight_norm),
 }
 
 
@@ -307,14 +361,15 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
 def cases_of(shapes: Iterable[Shape], architecture: str) -> Iterator:
     """Every launch at these shapes, as a `launch.CompileCase`; none where the kernels step aside."""
     from fastblocks.kernels.launch import recording
+    from fastblocks.kernels.norms import spectral_norm, weight_norm
     from fastblocks.kernels.operator import all_operators
 
-    operators = all_operators()
+    operators, norms = all_operators(), {"spectral_norm": spectral_norm, "weight_norm": weight_norm}
     for shape in shapes:
         if not _is_taken(shape, architecture):
             continue
         with recording(architecture, shape.label) as cases, tf32(shape.tf32):
-            operators[shape.operator].rehearse(*shape.arguments)
+            (operators | norms)[shape.operator].rehearse(*shape.arguments)
         yield from cases
 
 

@@ -44,6 +44,11 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     )
     depthwise, mlp = [image, kernel, bias, norm], [rows, w1, b1, w2, b2]
     window = {"window": 32, "register_qkv": registers}
+    from torch.nn.functional import normalize
+
+    weights = leaves(*[(16, 8, 3)] * 30)
+    us, vs = ([normalize(torch.randn(n), dim=0) for _ in weights] for n in (16, 24))
+    lengths = leaves(*[(16, 1, 1)] * 30)
     return {
         "rope_attention, short": (lambda: F.rope_attention(qkv, rope, 2), [qkv]),
         "rope_attention, window, registers": (
@@ -60,6 +65,8 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
         "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),
         "roformer_block": (lambda: F.roformer_block(*block, rope, 2), block),
         "rnn_block": (lambda: F.rnn_block(*rnn), rnn),
+        "spectral_norms of 30": (lambda: F.spectral_norms(weights, us, vs), weights),
+        "weight_norms of 30": (lambda: F.weight_norms(weights, lengths), [*weights, *lengths]),
     }  # fmt: skip
 
 
@@ -115,7 +122,7 @@ def measure(function: Callable, leaves: list[torch.Tensor]) -> dict[str, float]:
 
     def training():
         y = function()
-        torch.autograd.grad(y, leaves, torch.ones_like(y))
+        torch.autograd.grad(y, leaves, [torch.ones_like(one) for one in ([y] if isinstance(y, torch.Tensor) else y)])
 
     def inference():
         with torch.no_grad():

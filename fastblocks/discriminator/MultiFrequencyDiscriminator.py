@@ -9,6 +9,7 @@ from fastblocks.discriminator._layers import (
     Conv2d,
     ConvLayer,
     Discriminators,
+    Norm,
     SpectrumDiscriminator,
     run_layers,
     same_padding,
@@ -33,10 +34,10 @@ class FrequencyDiscriminator(SpectrumDiscriminator):
         nch: channels of the audio.
         hidden_channels: width of the first layer.
         sample_rate: in Hz; only the first int(bins · sample_rate / 48000) bins are used.
-        norm: spectral norm on every convolution but the last.
+        norm: of every convolution but the last: 'spectral' (or True), 'weight', or False.
     """
 
-    def __init__(self, window_size: int, nch: int, hidden_channels: int, sample_rate: int, norm: bool):
+    def __init__(self, window_size: int, nch: int, hidden_channels: int, sample_rate: int, norm: Norm):
         super().__init__(window_size, window_size // 2)
         bins = window_size // 2 + 1
         self.bins = min(bins, int(bins * sample_rate / 48000))
@@ -69,7 +70,7 @@ class MultiFrequencyDiscriminator(Discriminators):
         window_sizes: in samples, one for each sub-discriminator.
         hidden_channels: width of the first layer.
         sample_rate: in Hz; decides how many bins are used.
-        norm: spectral norm on every convolution but the last.
+        norm: of every convolution but the last: 'spectral' (or True), 'weight', or False.
 
     Raises:
         ValueError: in forward, if a clip is too short for a window.
@@ -81,7 +82,7 @@ class MultiFrequencyDiscriminator(Discriminators):
         window_sizes: Sequence[int],
         hidden_channels: int = 8,
         sample_rate: int = 48000,
-        norm: bool = True,
+        norm: Norm = True,
     ):
         super().__init__(
             nch, [FrequencyDiscriminator(size, nch, hidden_channels, sample_rate, norm) for size in window_sizes]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastblocks.discriminator._layers import Conv2d, ConvLayer, Discriminators, run_layers
+from fastblocks.discriminator._layers import Conv2d, ConvLayer, Discriminators, Norm, run_layers
 
 
 class PeriodDiscriminator(nn.Module):
@@ -16,10 +16,10 @@ class PeriodDiscriminator(nn.Module):
     Args:
         period: samples of a row.
         nch: channels of the audio.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
     """
 
-    def __init__(self, period: int, nch: int, norm: bool):
+    def __init__(self, period: int, nch: int, norm: Norm):
         super().__init__()
         if period < 1:
             raise ValueError(f"periods must be positive, got {period}")
@@ -53,14 +53,14 @@ class MultiPeriodDiscriminator(Discriminators):
         nch: channels of the audio.
         sample_rate: in Hz; of no effect, kept for the signature.
         periods: samples of a row, one for each sub-discriminator.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
 
     Raises:
         ValueError: in forward, if a clip is too short to be padded to a multiple of a period.
     """
 
     def __init__(
-        self, nch: int = 1, sample_rate: int = 48000, periods: Sequence[int] = (2, 3, 5, 7, 11), norm: bool = True
+        self, nch: int = 1, sample_rate: int = 48000, periods: Sequence[int] = (2, 3, 5, 7, 11), norm: Norm = True
     ):
         super().__init__(nch, [PeriodDiscriminator(period, nch, norm) for period in periods])
         self.sample_rate, self.periods, self.norm = sample_rate, list(periods), norm

@@ -9,6 +9,7 @@ from fastblocks.discriminator._layers import (
     Conv2d,
     ConvLayer,
     Discriminators,
+    Norm,
     SpectrumDiscriminator,
     band_edges,
     run_layers,
@@ -28,7 +29,7 @@ class ResolutionDiscriminator(SpectrumDiscriminator):
         nch: channels of the audio.
         bands: fractions (from, to) of the bins.
         hidden_channels: width of every layer.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class ResolutionDiscriminator(SpectrumDiscriminator):
         nch: int,
         bands: Sequence[tuple[float, float]],
         hidden_channels: int,
-        norm: bool,
+        norm: Norm,
     ):
         super().__init__(window_length, int(window_length * hop_factor))
         self.nch = nch
@@ -74,7 +75,7 @@ class MultiResolutionDiscriminator(Discriminators):
         window_lengths: in samples, one for each sub-discriminator.
         hop_factor: the hop as a fraction of the window.
         bands: fractions (from, to) of the bins.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
         hidden_channels: width of every layer.
 
     Raises:
@@ -88,7 +89,7 @@ class MultiResolutionDiscriminator(Discriminators):
         window_lengths: Sequence[int] = (2048, 1024, 512),
         hop_factor: float = 0.25,
         bands: Sequence[tuple[float, float]] = BANDS,
-        norm: bool = True,
+        norm: Norm = True,
         hidden_channels: int = 32,
     ):
         super().__init__(

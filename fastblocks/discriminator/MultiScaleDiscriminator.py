@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastblocks.discriminator._layers import Conv1d, ConvLayer, Discriminators, run_layers
+from fastblocks.discriminator._layers import Conv1d, ConvLayer, Discriminators, Norm, run_layers
 
 # out channels, kernel, stride, groups; padding keeps the size at stride 1
 _LAYERS = ((16, 15, 1, 1), (64, 41, 4, 4), (256, 41, 4, 16), (1024, 41, 4, 64), (1024, 41, 4, 256), (1024, 5, 1, 1))
@@ -17,10 +17,10 @@ class ScaleDiscriminator(nn.Module):
     Args:
         downsample_rate: by how much, 1 for not at all.
         nch: channels of the audio.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
     """
 
-    def __init__(self, downsample_rate: float, nch: int, norm: bool):
+    def __init__(self, downsample_rate: float, nch: int, norm: Norm):
         super().__init__()
         if downsample_rate < 1:
             raise ValueError(f"downsample_rates must be at least 1, got {downsample_rate}")
@@ -50,12 +50,12 @@ class MultiScaleDiscriminator(Discriminators):
         sample_rate: in Hz; of no effect, kept for the signature.
         downsample_rates: one for each sub-discriminator; 1 is the clip itself.
         nch: channels of the audio.
-        norm: spectral norm on every convolution.
+        norm: of every convolution: 'spectral' (or True), 'weight', or False.
 
     Raises:
         ValueError: in forward, if nothing is left of a clip.
     """
 
-    def __init__(self, sample_rate: int, downsample_rates: Sequence[float] = (2, 4), nch: int = 1, norm: bool = True):
+    def __init__(self, sample_rate: int, downsample_rates: Sequence[float] = (2, 4), nch: int = 1, norm: Norm = True):
         super().__init__(nch, [ScaleDiscriminator(rate, nch, norm) for rate in downsample_rates])
         self.sample_rate, self.downsample_rates, self.norm = sample_rate, list(downsample_rates), norm

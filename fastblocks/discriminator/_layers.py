@@ -1,10 +1,15 @@
-"""What the discriminators share: a convolution with spectral norm, and spectra as channels."""
+"""What the discriminators share: a convolution with a norm of its weight, and spectra as channels."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
 
 from fastblocks import functional
 from fastblocks.spectral_ops import short_time_spectrum
@@ -13,34 +18,87 @@ Scores = list[Tensor]
 FeatureMaps = list[list[Tensor]]
 
 
-class _WithoutDerivedWeight:
-    """Spectral norm leaves the last forward's weight, with its graph, on the module; copies and pickles get it
-    detached."""
+class _DerivedWeight:
+    """A norm leaves the last forward's weight, with its graph, on the module; copies and pickles get it
+    detached, and by itself: it may be a part of a tensor that holds all of a discriminator's."""
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
         if "weight" not in self._parameters:
             derived = state.get("weight")
             if isinstance(derived, Tensor):
-                state["weight"] = derived.detach()
+                state["weight"] = derived.detach().clone()
         return state
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments) -> None:
+        """Also takes the keys of torch.nn.utils.parametrizations' norms."""
+        if "weight" not in self._parameters:
+            spectral = "weight_orig" in self._parameters
+            for old, new in (_KEYS_OF_SPECTRAL_NORM if spectral else _KEYS_OF_WEIGHT_NORM).items():
+                if (key := f"{prefix}parametrizations.weight.{old}") in state_dict:
+                    state_dict[f"{prefix}weight_{new}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-class Conv1d(_WithoutDerivedWeight, nn.Conv1d):
+
+_KEYS_OF_SPECTRAL_NORM = {"original": "orig", "0._u": "u", "0._v": "v"}
+_KEYS_OF_WEIGHT_NORM = {"original0": "g", "original1": "v"}
+
+
+class Conv1d(_DerivedWeight, nn.Conv1d):
     pass
 
 
-class Conv2d(_WithoutDerivedWeight, nn.Conv2d):
+class Conv2d(_DerivedWeight, nn.Conv2d):
     pass
 
 
 class SpectralNorm(TorchSpectralNorm):
-    """torch.nn.utils.spectral_norm's hook with `functional.spectral_norm` inside: the same numbers, faster."""
+    """torch.nn.utils.spectral_norm's hook with `functional.spectral_norms` inside: the same numbers, faster. Where
+    `prepared_weights` has computed the weight, it computes nothing."""
 
     def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
-        weight, u, v = (getattr(module, f"{self.name}_{part}") for part in ("orig", "u", "v"))
-        iterations = self.n_power_iterations if do_power_iteration else 0
-        return functional.spectral_norm(weight, u, v, n_power_iterations=iterations, eps=self.eps)
+        if self.dim != 0:
+            return super().compute_weight(module, do_power_iteration)
+        return self.compute_weights([module], self.n_power_iterations if do_power_iteration else 0, self.eps)[0]
+
+    def group(self, module: nn.Module) -> tuple:
+        """Modules of one group are computed together: what `compute_weights` takes, and dtype and device."""
+        weight, iterations = getattr(module, f"{self.name}_orig"), self.n_power_iterations if module.training else 0
+        return (iterations, self.eps), weight.dtype, weight.device
+
+    def compute_weights(self, modules: list[nn.Module], iterations: int, eps: float) -> list[Tensor]:
+        weights, us, vs = ([getattr(m, f"{self.name}_{part}") for m in modules] for part in ("orig", "u", "v"))
+        return functional.spectral_norms(weights, us, vs, n_power_iterations=iterations, eps=eps)
+
+    def __call__(self, module: nn.Module, inputs) -> None:
+        if not _take_prepared(self, module):
+            super().__call__(module, inputs)
+
+
+class WeightNorm(TorchWeightNorm):
+    """torch.nn.utils.weight_norm's hook, as above."""
+
+    def compute_weight(self, module: nn.Module) -> Tensor:
+        return self.compute_weights([module])[0] if self.dim == 0 else super().compute_weight(module)
+
+    def group(self, module: nn.Module) -> tuple:
+        weight = getattr(module, f"{self.name}_v")
+        return (), weight.dtype, weight.device
+
+    def compute_weights(self, modules: list[nn.Module]) -> list[Tensor]:
+        return functional.weight_norms(*([getattr(m, f"{self.name}_{part}") for m in modules] for part in "vg"))
+
+    def __call__(self, module: nn.Module, inputs) -> None:
+        if not _take_prepared(self, module):
+            super().__call__(module, inputs)
+
+
+def _take_prepared(hook: SpectralNorm | WeightNorm, module: nn.Module) -> bool:
+    """Whether `prepared_weights` has computed this module's weight; it is the module's now."""
+    prepared = module.__dict__.pop(_PREPARED, None)
+    if prepared is not None:
+        setattr(module, hook.name, prepared)
+    return prepared is not None
 
 
 def spectral_norm(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
@@ -52,18 +110,69 @@ def spectral_norm(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
     return conv
 
 
+def weight_norm(conv: nn.Conv1d | nn.Conv2d) -> nn.Conv1d | nn.Conv2d:
+    """torch.nn.utils.weight_norm with the hook above: the same keys, which the checkpoints of HiFi-GAN, BigVGAN and DAC
+    have, and `remove_weight_norm` works. That function warns that it is deprecated, so it is not called."""
+    weight = conv._parameters.pop("weight").detach()
+    conv.register_parameter("weight_g", nn.Parameter(torch.norm_except_dim(weight, 2, 0)))
+    conv.register_parameter("weight_v", nn.Parameter(weight))
+    conv.weight = weight.clone()
+    conv.register_forward_pre_hook(WeightNorm("weight", 0))
+    return conv
+
+
+Norm = bool | Literal["spectral", "weight"]
+NORMS = {"spectral": spectral_norm, "weight": weight_norm, True: spectral_norm, False: lambda conv: conv}
+
+_PREPARED = "_prepared_weight"
+
+
+def prepared_weights(module: nn.Module) -> AbstractContextManager:
+    """Inside it the normed weights of all convolutions below the module are there before they run, each for one run:
+    computed together, on a GPU in three launches instead of twelve a convolution. One that runs again computes its own,
+    as it would have.
+
+    Not under `torch.compile`, which sees the formulas of each convolution.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _prepared(module)
+
+
+@contextmanager
+def _prepared(module: nn.Module) -> Iterator[None]:
+    groups: dict[tuple, tuple] = {}
+    for conv in module.modules():
+        hooks = [hook for hook in conv._forward_pre_hooks.values() if type(hook) in (SpectralNorm, WeightNorm)]
+        if len(hooks) == 1 and hooks[0].name == "weight" and hooks[0].dim == 0 and _PREPARED not in conv.__dict__:
+            groups.setdefault((type(hooks[0]), *hooks[0].group(conv)), (hooks[0], []))[1].append(conv)
+    try:
+        for (_, arguments, *_), (hook, convs) in groups.items():
+            for conv, weight in zip(convs, hook.compute_weights(convs, *arguments), strict=True):
+                conv.__dict__[_PREPARED] = weight
+        yield
+    finally:
+        for _, convs in groups.values():
+            for conv in convs:
+                conv.__dict__.pop(_PREPARED, None)
+
+
 class ConvLayer(nn.Module):
     """A convolution, normed if asked for, and LeakyReLU 0.2 if asked for.
 
     Args:
         conv: the convolution.
-        norm: divide its weight by its largest singular value (torch.nn.utils.spectral_norm).
+        norm: 'spectral' or True divides its weight by its largest singular value (torch.nn.utils.spectral_norm),
+            'weight' learns length and direction of each output's weights (torch.nn.utils.weight_norm), False neither.
         activate: apply the LeakyReLU.
+
+    Raises:
+        ValueError: for another norm.
     """
 
-    def __init__(self, conv: nn.Conv1d | nn.Conv2d, norm: bool, activate: bool = True):
+    def __init__(self, conv: nn.Conv1d | nn.Conv2d, norm: Norm, activate: bool = True):
         super().__init__()
-        self.conv = spectral_norm(conv) if norm else conv
+        if norm not in NORMS:
+            raise ValueError(f"norm must be 'spectral', 'weight', True or False, got {norm!r}")
+        self.conv = NORMS[norm](conv)
         self.activation = activate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,10 +219,11 @@ class Discriminators(nn.Module):
                 f"the shortest clip that works has {shortest}"
             )
         scores, fmaps = [], []
-        for discriminator in self.discriminators:
-            score, fmap = discriminator(x)
-            scores.append(score)
-            fmaps.append(fmap)
+        with prepared_weights(self):
+            for discriminator in self.discriminators:
+                score, fmap = discriminator(x)
+                scores.append(score)
+                fmaps.append(fmap)
         return scores, fmaps
 
 

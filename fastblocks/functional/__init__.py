@@ -11,7 +11,7 @@ from fastblocks.functional.blocks import rnn_block, roformer_block
 from fastblocks.functional.convnext import convnext_mlp, depthwise_conv_layer_norm
 from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
 from fastblocks.functional.rows import rms_norm, swiglu, swiglu_mlp
-from fastblocks.functional.weights import spectral_norm
+from fastblocks.functional.weights import spectral_norm, spectral_norms, weight_norms
 
 __all__ = [
     "band_split",
@@ -26,6 +26,8 @@ __all__ = [
     "rope_attention",
     "rope_table",
     "spectral_norm",
+    "spectral_norms",
     "swiglu",
     "swiglu_mlp",
+    "weight_norms",
 ]

@@ -421,3 +421,49 @@ def test_rnn_block(name, dtype, without_inline_assembly, without_inline_sigmoid)
     leaves = {"x": torch.randn(batch, length, channels), "weight_ih": weights[0], "weight_hh": weights[1]}
     leaves |= mlp_leaves(channels, int(8 * channels / 3)) | {"scale_rnn": torch.rand(channels) + 0.5}
     check(lambda **t: (functional.rnn_block(**t),), lambda **t: (blocks.rnn_block_of(**t),), leaves, dtype)
+
+
+# ---- spectral_norm, weight_norm --------------------------------------------------------------------------------------
+
+WEIGHTS = [(5, 3, 7), (1, 9), (9, 1), (35, 40, 5)]  # one weight and one output; several tiles of rows and of columns
+
+
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_name)
+@pytest.mark.parametrize("kind", ["spectral", "spectral, evaluation", "weight"])
+def test_norms_of_weights(kind, dtype):
+    """The checker knows an allocation by the pointer that a kernel gets, so all weights lie in one, and their vectors:
+    who reads a neighbour gets wrong numbers, who reads beyond the last a fault."""
+    outputs, inputs = [size[0] for size in WEIGHTS], [size[1:].numel() for size in map(torch.Size, WEIGHTS)]
+    sizes = [o * n for o, n in zip(outputs, inputs, strict=True)]
+
+    def parts(w):
+        return [part.view(size) for part, size in zip(w.split(sizes), WEIGHTS, strict=True)]
+
+    leaves = {"w": torch.cat([torch.randn(size).flatten() for size in WEIGHTS])}
+    if kind == "weight":
+        leaves["g"] = torch.rand(sum(outputs)) + 0.5
+
+        def lengths(g):
+            return [part.view(-1, *[1] * (len(w) - 1)) for part, w in zip(g.split(outputs), WEIGHTS, strict=True)]
+
+        check(
+            lambda w, g: tuple(functional.weight_norms(parts(w), lengths(g))),
+            lambda w, g: tuple(
+                v * length / v.flatten(1).norm(dim=1).view_as(length)
+                for v, length in zip(parts(w), lengths(g), strict=True)
+            ),
+            leaves,
+            dtype,
+        )
+        return
+    singular = [torch.linalg.svd(part.flatten(1), full_matrices=False) for part in parts(leaves["w"])]
+    us = torch.cat([left[:, 0] for left, _, _ in singular]).to("cuda", dtype).split(outputs)
+    vs = torch.cat([right[0] for _, _, right in singular]).to("cuda", dtype).split(inputs)
+    check(
+        lambda w: tuple(functional.spectral_norms(parts(w), us, vs, n_power_iterations=int(kind == "spectral"))),
+        lambda w: tuple(  # us and vs as they are after the iteration
+            part / (u.double() @ part.flatten(1) @ v.double()) for part, u, v in zip(parts(w), us, vs, strict=True)
+        ),
+        leaves,
+        dtype,
+    )

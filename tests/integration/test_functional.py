@@ -42,8 +42,26 @@ CALLS = {
 }  # fmt: skip
 
 
+LISTS = {"spectral_norms", "weight_norms"}  # what takes lists of tensors
+
+
 def test_every_operation_is_called():
-    assert set(CALLS) == set(F.__all__) - {"rope_table"}
+    assert set(CALLS) == set(F.__all__) - {"rope_table"} - LISTS
+
+
+@pytest.mark.parametrize(
+    "function, lists, said",
+    [
+        (F.spectral_norms, ([ones(3, 2)], [ones(3)], []), "1 and 1 and 0"),
+        (F.spectral_norms, ([ones(3, 2)] * 2, [ones(3)] * 2, [ones(2), ones(3)]), r"\(3, 2\), \(3,\) and \(3,\)"),
+        (F.weight_norms, ([ones(3, 2)], [ones(3)]), r"\(3, 2\) and \(3,\)"),
+        (F.weight_norms, ([ones(3, 2)], [ones(3, 1).long()]), "g must be floating-point"),
+    ],
+)
+def test_lists_that_do_not_fit(function, lists, said):
+    assert function(*[[] for _ in lists]) == []
+    with pytest.raises(ValueError, match=f"_norm: .*{said}"):
+        function(*lists)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
