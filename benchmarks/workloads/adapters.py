@@ -28,7 +28,7 @@ SIZES = {
         "timm": (32, 224, {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768)}),
     },
     "cpu": {
-        "separator": (1, 44100, {"dim": 64, "depth": 1, "heads": 4, "dim_head": 32}),
+        "separator": (1, 22050, {"dim": 64, "depth": 2, "heads": 4, "dim_head": 32}),
         "vocos": (2, 400, {"dim": 256, "intermediate_dim": 768, "num_layers": 4}),
         "x-transformers": (2, 300, {"dim": 128, "depth": 2, "heads": 4}),
         "timm": (1, 128, {"depths": (1, 1, 3, 1), "dims": (48, 96, 192, 384)}),
