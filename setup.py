@@ -7,7 +7,13 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastblocks/__init__.py").read_text(), re.MULTILINE)[1]
 
 # Models whose blocks `fastblocks.convert` swaps, at the versions that its adapters are tested against.
-ADAPTERS = ["bs-roformer==1.2.4", "rotary-embedding-torch==0.9.1", "timm==1.0.31", "vocos==0.1.0"]
+ADAPTERS = [
+    "bs-roformer==1.2.4",
+    "rotary-embedding-torch==0.9.1",
+    "timm==1.0.31",
+    "vocos==0.1.0",
+    "x-transformers==2.31.10",
+]
 BENCH = ["rich>=13", "matplotlib>=3.8", "soundfile>=0.12"]
 TEST = [
     *BENCH,

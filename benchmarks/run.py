@@ -41,7 +41,11 @@ def parse(arguments: list[str], commands: str) -> argparse.Namespace:
         epilog=commands,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"att-freq, att, or {', '.join(FAMILIES)}; all")
+    help_of_names = (
+        f"att-freq, att, or {', '.join(FAMILIES)}; all. Only where it is named: adapters, models that "
+        "fastblocks.convert takes, original beside converted"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=help_of_names)
     parser.add_argument("--list", action="store_true", help="list the workloads and stop")
     for name, choices, default in (
         ("mode", MODES, "on a CPU not backward alone"),
@@ -91,6 +95,22 @@ def explain_backend(device: torch.device) -> str:
     if len(set(answers.values())) == 1:
         return f"all operations: {answers.popitem()[1]}"
     return "\n".join(f"{operation}: {answer}" for operation, answer in answers.items())
+
+
+def installed(chosen: list[Workload]) -> list[Workload]:
+    """Those whose packages can be found; says what cannot.
+
+    Raises:
+        BadInput: if none is left.
+    """
+    found = [workload for workload in chosen if not workload.package or find_spec(workload.package)]
+    if missing := [w for w in chosen if w not in found]:
+        packages = ", ".join(dict.fromkeys(w.package.replace("_", "-") for w in missing))
+        text = f"not installed: {packages} ({', '.join(w.name for w in missing)}); pip install -e '.[adapters]'"
+        if not found:
+            raise BadInput(text)
+        print(text, flush=True)
+    return found
 
 
 def measure_all(
@@ -164,6 +184,7 @@ def main(arguments: list[str], commands: str = "") -> int:
         for workload in chosen:
             print(f"{workload.name:22} {workload.what:14} {workload.shape}")
         return 0
+    chosen = installed(chosen)
     modes, dtypes, names = (tuple(getattr(options, n) or defaults[n]) for n in ("mode", "dtype", "provider"))
     settings = suite.Settings(modes, dtypes, names, options.seconds)
     fastblocks.use_backend(options.backend)

@@ -49,13 +49,14 @@ def mel_filterbanks(sr: int, n_fft: int, bands_num: int) -> np.ndarray:
 
 
 def linear_filterbanks(n_fft: int, bands_num: int) -> np.ndarray:
-    """Triangles of equal width, (K, F) float32."""
+    """Triangles of equal width, (K, F) float32; a band without a bin on either side of its middle has none."""
     bins = n_fft // 2 + 1
     edges = np.linspace(0, bins, bands_num + 2).astype(int)
     filters = np.zeros((bands_num, bins), dtype=np.float32)
     for k, (start, mid, end) in enumerate(zip(edges, edges[1:], edges[2:], strict=False)):
-        filters[k, start:mid] = np.linspace(0, 1, mid - start)
-        filters[k, mid:end] = np.linspace(1, 0, end - mid)
+        if start < mid < end:
+            filters[k, start:mid] = np.linspace(0, 1, mid - start)
+            filters[k, mid:end] = np.linspace(1, 0, end - mid)
     return filters
 
 
@@ -66,7 +67,7 @@ class BandLinear(nn.Module):
         super().__init__()
         bound = in_channels**-0.5
         self.weight = nn.Parameter(torch.empty(bands_num, in_channels, out_channels).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(bands_num, out_channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(bands_num, out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("...ki,kio->...ko", x, self.weight) + self.bias

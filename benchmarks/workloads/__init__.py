@@ -7,7 +7,7 @@ is a selection, too: a workload need not exist at every size.
 from collections.abc import Sequence
 
 from benchmarks.options import BadInput
-from benchmarks.workloads import attention, bands, convnext, discriminators, models, recurrent, rows
+from benchmarks.workloads import adapters, attention, bands, convnext, discriminators, models, recurrent, rows
 from benchmarks.workloads.workload import Workload
 
 SIZES = ("full", "cpu", "toy")
@@ -21,23 +21,27 @@ FAMILIES = {  # name -> module, and how its workloads' names begin
     "discriminators": (discriminators, "disc"),
     "models": (models, "model"),
 }
+ON_REQUEST = {"adapters": (adapters, "from")}  # needs other packages: only where it is named
 
 
 def all_workloads(size: str = "full") -> list[Workload]:
-    """Every workload of a size, in the order of the table; names are unique."""
+    """The workloads of a size, in the order of the table; names are unique."""
     return [workload for family, _ in FAMILIES.values() for workload in family.workloads(size)]
 
 
 def select(size: str, names: Sequence[str]) -> list[Workload]:
-    """The workloads of a size that are named (by name, its start up to a hyphen, or family); all without names.
+    """The workloads of a size that are named (by name, its start up to a hyphen, or family); `all_workloads` without
+    names.
 
     Raises:
         BadInput: for a name that names none.
     """
-    everything = all_workloads(size)
+    everything, families = all_workloads(size), FAMILIES | ON_REQUEST
+    if names:
+        everything += [workload for family, _ in ON_REQUEST.values() for workload in family.workloads(size)]
 
     def means(name: str, workload: Workload) -> bool:
-        start = FAMILIES[name][1] if name in FAMILIES else name
+        start = families[name][1] if name in families else name
         return f"{workload.name}-".startswith(f"{start}-")
 
     if unknown := [name for name in names if not any(means(name, w) for w in everything)]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Arguments = dict[str, Any]
-Call = tuple  # (method, shape of its first argument, *further arguments)
+Call = tuple  # (method, shape of its first argument, *further arguments); a dict at the end holds keywords
 _REQUIRED = object()
 
 
@@ -33,6 +33,8 @@ class Adapter:
         changes: how the replacement computes something else on purpose; it is not compared then.
         new_keys: keys of its state_dict that the original does not have.
         fixed: parameters that keep their values in the comparison.
+        no_gain: why a block with these arguments is about as fast as its original; empty where it is faster. The second
+            argument says whether kernels run where the block is.
     """
 
     block: type[nn.Module]
@@ -43,6 +45,13 @@ class Adapter:
     changes: str = ""
     new_keys: frozenset[str] = frozenset()
     fixed: frozenset[str] = frozenset()
+    no_gain: Callable[[Arguments, bool], str] = lambda arguments, kernels: ""
+
+
+def torch_computes(what: str, *, with_kernels: bool = False) -> Callable[[Arguments, bool], str]:
+    """For `Adapter.no_gain`: PyTorch does most of the work in original and replacement, on a CPU or everywhere."""
+    text = f"PyTorch's own {what} do most of the work in both"
+    return lambda arguments, kernels: text if with_kernels or not kernels else ""
 
 
 class Block:

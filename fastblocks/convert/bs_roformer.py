@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblocks import backend, functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, torch_computes
 from fastblocks.eager.attention import rotate
 from fastblocks.generator._layers import is_plain, may_fuse, require_channels_last_dim
 
@@ -98,10 +98,13 @@ class Attention(nn.Module):
         if mix:
             if value_residual is None:
                 raise ValueError("this Attention mixes values with those of an earlier layer: value_residual is None")
-            mixed = v.lerp(value_residual, mix[0].sigmoid().transpose(1, 2).unsqueeze(-1))
+            mixed = self._mixed(v, value_residual, mix[0])
             qkv = torch.cat((qk, mixed.transpose(1, 2).flatten(2)), dim=-1)
-        y = self._attend(qkv).unflatten(-1, (self.heads, -1)) * gates.sigmoid().unsqueeze(-1)
-        return self.to_out(y.flatten(2)), v
+        return self.to_out(self._attend(qkv, gates)), v
+
+    def _mixed(self, v: Tensor, value_residual: Tensor, mix: Tensor) -> Tensor:
+        """(B, H, T, D), twice, and what `_projections` gives -> (B, H, T, D)."""
+        return v.lerp(value_residual, mix.sigmoid().transpose(1, 2).unsqueeze(-1))
 
     def _projections(self, x: Tensor) -> list[Tensor]:
         """(B, T, 3HD), and (B, T, H) of the gates and, where there is one, of the mix."""
@@ -112,16 +115,17 @@ class Attention(nn.Module):
         x = self.norm(x)
         return [linear(x) for linear in linears]
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """(B, T, 3HD) -> (B, T, HD)."""
+    def _attend(self, qkv: Tensor, gates: Tensor) -> Tensor:
+        """(B, T, 3HD), (B, T, H) -> (B, T, HD)."""
         rope = self.rotary_embed.table(qkv.shape[1], qkv.dtype)
         if not (self.training and self.dropout):
-            return functional.rope_attention(qkv, rope, self.heads)
+            return functional.rope_attention(qkv, rope, self.heads, gate=gates)
         backend.declined("rope_attention", f"dropout {self.dropout} in training")
         qk, v = qkv.unflatten(-1, (3, self.heads, -1)).split((2, 1), dim=2)
         q, k = rotate(qk, rope).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v.squeeze(2)))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).transpose(1, 2).flatten(2)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).transpose(1, 2)
+        return (y * gates.sigmoid().unsqueeze(-1)).flatten(2)
 
 
 class ValueResidualAttention(Attention):
@@ -150,6 +154,43 @@ class ValueResidualAttention(Attention):
 
     def forward(self, x: Tensor, value_residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._forward(x, value_residual)
+
+
+class HeadsFirst(nn.Module):
+    """(B, T, H) -> (B, H, T, 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).unsqueeze(-1)
+
+
+class MelBandAttention(ValueResidualAttention):
+    """`ValueResidualAttention` of Mel-Band RoFormer's layers behind the first, which mixes as the original does: a
+    sigmoid for each token and head is what v goes to, and the earlier layer's values say how far.
+
+    Args:
+        dim, heads, dim_head, dropout: as for `Attention`.
+
+    Raises:
+        ValueError: in forward, if there is no `value_residual`.
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float = 0.0):
+        super().__init__(dim, heads, dim_head, dropout)
+        self.learned_value_residual_mix = nn.Sequential(nn.Linear(dim, heads), HeadsFirst(), nn.Sigmoid())
+        self._modules["to_out"] = self._modules.pop("to_out")  # behind it, as in the original's state_dict
+
+    def _mixed(self, v: Tensor, value_residual: Tensor, mix: Tensor) -> Tensor:
+        return v.lerp(mix, value_residual)
+
+    def _projections(self, x: Tensor) -> list[Tensor]:
+        """(B, T, 3HD), of the gates (B, T, H), of the mix (B, H, T, 1)."""
+        mix, kinds = self.learned_value_residual_mix, {"0": nn.Linear, "1": HeadsFirst, "2": nn.Sigmoid}
+        own = {"norm": RMSNorm, "to_qkv": nn.Linear, "to_gates": nn.Linear, "learned_value_residual_mix": nn.Sequential}
+        if may_fuse("norm and linear", self, **own) and may_fuse("norm and linear", mix, **kinds):
+            qkv, gates, mixing = _normed_linears(x, self.norm, [self.to_qkv, self.to_gates, mix[0]])
+            return [qkv, gates, mix[1:](mixing)]
+        x = self.norm(x)
+        return [self.to_qkv(x), self.to_gates(x), mix(x)]
 
 
 class FeedForward(nn.Module):
@@ -194,6 +235,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 def _hands_values_on(module: nn.Module) -> bool:
     return _is_attention(module) and "value_residual" in inspect.signature(module.forward).parameters
+
+
+def _mixes_to_a_sigmoid(module: nn.Module) -> bool:
+    return _hands_values_on(module) and getattr(module, "learned_value_residual_mix", None) is not None
 
 
 def _is_linear_attention(module: nn.Module) -> bool:
@@ -254,8 +299,6 @@ def _other_attention(module: nn.Module, head: int) -> str:
         return f"it attends by {kind}, whose numbers are others"
     if getattr(module.attend, "scale", None) not in (None, head**-0.5):
         return f"its scores are scaled by {module.attend.scale}, not by 1/√{head}"
-    if getattr(module, "learned_value_residual_mix", None) is not None:
-        return "it mixes value residuals in Mel-Band RoFormer's way (learned_value_residual_mix)"
     return ""
 
 
@@ -275,16 +318,27 @@ def _feed_forward(block: Block) -> Arguments:
 
 def _tokens(arguments: Arguments) -> list[Call]:
     call = ("forward", (2, LENGTH, arguments["dim"]))
-    if not arguments.get("learned_value_residual_mix"):
-        return [call]
+    return _tokens_and_values(arguments) if arguments.get("learned_value_residual_mix") else [call]
+
+
+def _tokens_and_values(arguments: Arguments) -> list[Call]:
     generator = torch.Generator("cpu").manual_seed(2)
     size = (2, arguments["heads"], LENGTH, arguments["dim_head"])
-    return [(*call, torch.randn(size, generator=generator, dtype=torch.float64))]
+    values = torch.randn(size, generator=generator, dtype=torch.float64)
+    return [("forward", (2, LENGTH, arguments["dim"]), values)]
 
 
 _FREQUENCIES = frozenset({"rotary_embed.freqs"})  # the original holds angles that it has computed before
 ADAPTERS = {
     "Attention": [
+        Adapter(
+            MelBandAttention,
+            _attention,
+            _tokens_and_values,
+            claims=_mixes_to_a_sigmoid,
+            adopt=_adopt_dropout,
+            fixed=_FREQUENCIES,
+        ),
         Adapter(
             ValueResidualAttention,
             _value_residual_attention,
@@ -296,5 +350,13 @@ ADAPTERS = {
         Adapter(Attention, _attention, _tokens, claims=_is_attention, adopt=_adopt_dropout, fixed=_FREQUENCIES),
     ],
     "LinearAttention": [Adapter(Attention, _linear_attention, _tokens, claims=_is_linear_attention)],
-    "FeedForward": [Adapter(FeedForward, _feed_forward, _tokens, claims=_is_feed_forward)],
+    "FeedForward": [
+        Adapter(
+            FeedForward,
+            _feed_forward,
+            _tokens,
+            claims=_is_feed_forward,
+            no_gain=torch_computes("matrix products", with_kernels=True),
+        )
+    ],
 }

@@ -107,10 +107,11 @@ def _foreign_hooks(module: nn.Module) -> bool:
 
 def _other_signature(original: nn.Module, replacement: nn.Module, calls: list[Call]) -> str:
     for method, *_ in calls:
-        theirs, ours = (
-            [p.name for p in inspect.signature(getattr(module, method)).parameters.values() if p.kind not in (2, 4)]
-            for module in (original, replacement)
-        )
+        both = (inspect.signature(getattr(module, method)).parameters.values() for module in (original, replacement))
+        theirs, ours = ({p.name: p.kind for p in parameters} for parameters in both)
+        if inspect.Parameter.VAR_KEYWORD in ours.values():
+            continue
+        theirs = [name for name, kind in theirs.items() if kind not in (2, 4)]
         if unknown := [name for name in theirs[1:] if name not in ours]:
             return f"its {method} also takes {', '.join(unknown)}"
     return ""
@@ -189,12 +190,13 @@ def _randomize(module: nn.Module, weights: float, biases: float, fixed: frozense
 def _run(who: str, module: nn.Module, call: Call, scale: float) -> list[Tensor]:
     """Outputs; in training mode the gradient of the input, too."""
     method, shape, *further = call
+    named = further.pop() if further and isinstance(further[-1], dict) else {}
     generator = torch.Generator("cpu").manual_seed(1)
     x = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_(module.training)
     torch.default_generator.manual_seed(1)  # and no GPU's: those numbers are the caller's
     run = module if method == "forward" else getattr(module, method)  # as a module, so that spectral norm's hooks run
     try:
-        outputs = list(_tensors(run(x, *further)))
+        outputs = list(_tensors(run(x, *further, **named)))
         if not module.training:
             return outputs
         weights = [torch.randn(out.shape, generator=generator, dtype=torch.float64) for out in outputs]

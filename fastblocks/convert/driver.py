@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastblocks.backend import use_backend
+from fastblocks.backend import decide, use_backend
 from fastblocks.convert.adapter import Adapter, Arguments, Block, Foreign, Refused
 from fastblocks.convert.adopt import adopt
 from fastblocks.convert.compare import compare, require_alike
@@ -26,6 +26,7 @@ class _Plan:
     adapter: Adapter
     replacement: nn.Module | None = None
     reason: str = ""
+    speed: str = ""  # why the replacement is no faster
     foreign: bool = False  # of another build: left alone without an error
     missing: list[str] = field(default_factory=list)
     mistakes: list[str] = field(default_factory=list)  # of the caller
@@ -86,10 +87,7 @@ def convert(
     _keep_what_is_held_elsewhere(model, plans)
     asked = {*arguments, *(only or ())}
     _raise_together(list(plans.values()), asked, strict)
-    rows = [
-        Row(path, type(module).__name__, plans[module].replacement is not None, plans[module].reason)
-        for path, module in places
-    ]
+    rows = [_row(path, plans[module]) for path, module in places]
     for module, plan in plans.items():
         if plan.replacement is not None:
             adopt(module, plan.replacement)
@@ -100,6 +98,11 @@ def convert(
             result = _put(model, path, replacement) if path else replacement
     remember(result, ConversionReport(tuple(rows)))
     return result
+
+
+def _row(path: str, plan: _Plan) -> Row:
+    swapped = plan.replacement is not None
+    return Row(path, type(plan.module).__name__, swapped, plan.reason, plan.speed if swapped else "")
 
 
 def _names(path: str, module: nn.Module) -> set[str]:
@@ -136,8 +139,10 @@ def _plan(plan: _Plan, given: Arguments, check: bool) -> _Plan:
         plan.mistakes = [f"unknown arguments {unknown}; {adapter.block.__name__} takes {', '.join(accepted)}"]
         return plan
     try:
-        plan.replacement, plan.reason = _replacement(adapter, block, check)
+        plan.replacement, plan.reason, arguments = _replacement(adapter, block, check)
         plan.missing = block.missing
+        if plan.replacement is not None:
+            plan.speed = _no_gain(adapter, arguments, plan.module)
     except Foreign as difference:
         plan.reason, plan.foreign = str(difference), True
     except Refused as difference:
@@ -146,14 +151,27 @@ def _plan(plan: _Plan, given: Arguments, check: bool) -> _Plan:
     return plan
 
 
-def _replacement(adapter: Adapter, block: Block, check: bool) -> tuple[nn.Module | None, str]:
-    """What takes the block's place, and how they were compared; None where arguments are missing or contradict."""
+def _no_gain(adapter: Adapter, arguments: Arguments, module: nn.Module) -> str:
+    """Why the replacement is no faster where the block is now; empty where it is."""
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    if tensor is None or tensor.is_meta:
+        return ""
+    with use_backend("auto"):
+        kernels = decide("convert", tensor, lambda: "")
+    if tensor.is_cuda and not kernels:
+        return "no kernel runs on this GPU in this dtype, and plain PyTorch may be slower than the original"
+    return adapter.no_gain(arguments, kernels)
+
+
+def _replacement(adapter: Adapter, block: Block, check: bool) -> tuple[nn.Module | None, str, Arguments]:
+    """What takes the block's place, how they were compared, and the arguments it has; None where arguments are missing
+    or contradict."""
     try:
         arguments = adapter.read(block)
     except (LookupError, AttributeError, TypeError, ValueError, StopIteration) as problem:
         raise Foreign(f"it is built in another way ({type(problem).__name__}: {problem})") from problem
     if block.missing or block.contradictions:
-        return None, f"it does not tell {', '.join(block.missing)}"
+        return None, f"it does not tell {', '.join(block.missing)}", arguments
     calls = adapter.calls(arguments)
     with _as_if_alone():
         try:
@@ -162,13 +180,13 @@ def _replacement(adapter: Adapter, block: Block, check: bool) -> tuple[nn.Module
             raise Refused(str(refusal)) from refusal
         require_alike(block.module, replacement, calls, adapter.new_keys)
         if adapter.changes:
-            return replacement, adapter.changes
+            return replacement, adapter.changes, arguments
         adapter.adopt(block.module, replacement)
         how = "not compared"
         if check:
             how = f"agrees to {compare(block.module, replacement, calls, adapter.fixed):.0e}"
         _empty(replacement)
-    return replacement, how
+    return replacement, how, arguments
 
 
 def _keep_what_is_held_elsewhere(model: nn.Module, plans: dict[nn.Module, _Plan]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, Refused
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, Refused, torch_computes
 from fastblocks.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from fastblocks.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from fastblocks.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -125,6 +125,10 @@ def _rnn(block: Block) -> Arguments:
         "rnn_type": block.says("rnn_type", "gru" if rows == 3 * hidden else "lstm"),
         "bidirectional": block.says("bidirectional", any("_reverse" in weight for _, weight in weights)),
     }
+
+
+def _lstm(arguments: Arguments, kernels: bool) -> str:
+    return torch_computes("LSTM layers")(arguments, kernels) if arguments["rnn_type"] == "lstm" else ""
 
 
 # --- ConvNeXt blocks
@@ -266,6 +270,9 @@ def _split_and_join(arguments: Arguments) -> list[Call]:
 
 # --- the list
 
+_CONVOLUTIONS = torch_computes("convolutions and matrix products")
+_TRANSFORMS = torch_computes("Fourier transforms", with_kernels=True)
+
 _REGISTERS = Adapter(AttentionRegisterRoFormerBlock, _register_roformer, _sequence, adopt=_adopt_rope)
 _KIT_REGISTERS = Adapter(
     AttentionRegisterRoFormerBlock,
@@ -280,13 +287,17 @@ _KIT_REGISTERS = Adapter(
 ADAPTERS: dict[str, list[Adapter]] = {
     "AttentionRegisterRoFormerBlock": [_KIT_REGISTERS, _REGISTERS],
     "Band": [Adapter(Band, _band, _split_and_join)],
-    "ConvNeXt1DBlock": [Adapter(ConvNeXt1DBlock, _convnext, _image)],
-    "ConvNeXt2DBlock": [Adapter(ConvNeXt2DBlock, _convnext, _image)],
-    "Fourier": [Adapter(Fourier, _fourier, _there_and_back)],
-    "MultiFrequencyDiscriminator": [Adapter(MultiFrequencyDiscriminator, _multi_frequency, _clip)],
-    "MultiPeriodDiscriminator": [Adapter(MultiPeriodDiscriminator, _multi_period, _clip)],
-    "MultiResolutionDiscriminator": [Adapter(MultiResolutionDiscriminator, _multi_resolution, _clip)],
-    "MultiScaleDiscriminator": [Adapter(MultiScaleDiscriminator, _multi_scale, _clip)],
-    "RNNBlock": [Adapter(RNNBlock, _rnn, _sequence)],
+    "ConvNeXt1DBlock": [Adapter(ConvNeXt1DBlock, _convnext, _image, no_gain=_CONVOLUTIONS)],
+    "ConvNeXt2DBlock": [Adapter(ConvNeXt2DBlock, _convnext, _image, no_gain=_CONVOLUTIONS)],
+    "Fourier": [Adapter(Fourier, _fourier, _there_and_back, no_gain=_TRANSFORMS)],
+    "MultiFrequencyDiscriminator": [
+        Adapter(MultiFrequencyDiscriminator, _multi_frequency, _clip, no_gain=_CONVOLUTIONS)
+    ],
+    "MultiPeriodDiscriminator": [Adapter(MultiPeriodDiscriminator, _multi_period, _clip, no_gain=_CONVOLUTIONS)],
+    "MultiResolutionDiscriminator": [
+        Adapter(MultiResolutionDiscriminator, _multi_resolution, _clip, no_gain=_CONVOLUTIONS)
+    ],
+    "MultiScaleDiscriminator": [Adapter(MultiScaleDiscriminator, _multi_scale, _clip, no_gain=_CONVOLUTIONS)],
+    "RNNBlock": [Adapter(RNNBlock, _rnn, _sequence, no_gain=_lstm)],
     "RoFormerBlock": [_KIT_REGISTERS, Adapter(RoFormerBlock, _roformer, _sequence, adopt=_adopt_rope)],
 }

@@ -8,17 +8,18 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Row:
-    """A block: where it is, its class, whether it was swapped, and why or how."""
+    """A block: where it is, its class, whether it was swapped, and why or how; `speed`: why it is no faster now."""
 
     path: str
     name: str
     swapped: bool
     reason: str
+    speed: str = ""
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """A row a block of a known name; printed as a table."""
+    """A row a block of a known name; printed as a table, and below it where converting does not pay."""
 
     rows: tuple[Row, ...]
 
@@ -42,6 +43,7 @@ class ConversionReport:
             "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]).rstrip()
             for row in cells
         ]
+        lines += dict.fromkeys(f"no faster here, {row.name}: {row.speed}" for row in self.rows if row.speed)
         return "\n".join(lines) if self.rows else "no block of a known name"
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, torch_computes
 from fastblocks.generator._layers import is_plain, may_fuse
 
 
@@ -119,4 +119,5 @@ def _image(arguments: Arguments) -> list[Call]:
     return [("forward", (2, arguments["in_chs"], arguments["kernel_size"] + 2, 5))]
 
 
-ADAPTERS = {"ConvNeXtBlock": [Adapter(ConvNeXtBlock, _convnext, _image, claims=_is_timms)]}
+_PRODUCTS = torch_computes("convolutions and matrix products")
+ADAPTERS = {"ConvNeXtBlock": [Adapter(ConvNeXtBlock, _convnext, _image, claims=_is_timms, no_gain=_PRODUCTS)]}

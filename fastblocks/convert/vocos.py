@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign
+from fastblocks.convert.adapter import Adapter, Arguments, Block, Call, Foreign, torch_computes
 from fastblocks.generator._layers import may_fuse
 
 KERNEL = 7
@@ -73,4 +73,5 @@ def _clip(arguments: Arguments) -> list[Call]:
     return [("forward", (2, arguments["dim"], 2 * KERNEL + 1))]
 
 
-ADAPTERS = {"ConvNeXtBlock": [Adapter(ConvNeXtBlock, _convnext, _clip)]}
+_PRODUCTS = torch_computes("convolutions and matrix products")
+ADAPTERS = {"ConvNeXtBlock": [Adapter(ConvNeXtBlock, _convnext, _clip, no_gain=_PRODUCTS)]}

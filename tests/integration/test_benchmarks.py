@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastblocks
-from benchmarks import original, providers
+from benchmarks import original, providers, run
 from benchmarks.__main__ import main
 from benchmarks.measure.error import errors
 from benchmarks.measure.timing import interleaved, peak_bytes, quartiles
@@ -136,6 +136,39 @@ def test_command_line_without_a_gpu(tmp_path, capsys):
 def test_list(capsys):
     assert main(["--list", "--size", "cpu", "disc"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_adapters_without_their_packages(tmp_path, capsys, monkeypatch):
+    file, find = tmp_path / "result.json", importlib.util.find_spec
+    packages = {workload.package for workload in select("toy", ["adapters"])} - {""}
+    assert packages == {"bs_roformer", "vocos", "x_transformers", "timm"}
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name in packages else find(name))
+    command = ["--size", "toy", "--seconds", "0.001", "--mode", "forward", "--json", str(file)]
+    assert main(["from-msrkit-unet", "from-vocos", "from-timm", *command]) == 0
+    out = capsys.readouterr().out
+    assert "not installed: vocos, timm (from-vocos, from-timm-convnext); pip install -e '.[adapters]'" in out
+    assert "from-msrkit-unet" in out[out.index("forward ms") :]
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["provider"], row["median"] > 0) for row in rows] == [("baseline", True), ("fastblocks", True)]
+    assert main(["from-bs-roformer", *command]) == 2
+    assert "not installed: bs-roformer (from-bs-roformer); pip install" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore:A window was not provided")
+@pytest.mark.parametrize("name", [workload.name for workload in select("toy", ["adapters"])])
+def test_adapters_measure_the_converted_model(name):
+    (workload,) = select("toy", [name])
+    if workload.package and not importlib.util.find_spec(workload.package):
+        pytest.skip(f"{workload.package} is not installed (the extra `adapters`)")
+    torch.manual_seed(0)
+    ours = workload.build(fastblocks)
+    torch.manual_seed(0)
+    theirs = workload.build(original)
+    blocks = [[m for m in model.modules() if type(m).__module__.startswith("fastblocks")] for model in (theirs, ours)]
+    assert not blocks[0] and blocks[1] and not fastblocks.conversion_report(ours).left
+    ours.load_state_dict(theirs.state_dict())
+    inputs = workload.inputs(torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.eval()(*inputs), theirs.eval()(*inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_name_is_an_error_that_names_the_choices(capsys):

@@ -1,14 +1,18 @@
 """`convert` swaps blocks in place and keeps weights, optimizers, hooks, modes; what it cannot swap it names."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastblocks
 from benchmarks import original
 from benchmarks.train import models
+from fastblocks import backend
+from fastblocks.convert import driver, registry
 from tests.integration import kit
 
 SPECTRUM = {"sample_rate": 8000, "n_fft": 256, "hop_length": 64, "bands": 8}
@@ -358,6 +362,30 @@ def test_the_report_is_a_table():
     assert lines[0].split() == ["block", "class"]
     assert lines[1].split()[:5] == ["rnn", "RNNBlock", "swapped", "agrees", "to"]
     assert lines[2].split()[:3] == ["judge", "MultiPeriodDiscriminator", "left"]
+
+
+def test_the_report_says_where_converting_does_not_pay():
+    fourier, gru = original.Fourier(64, 16), original.RNNBlock(16, 2, 2, "gru", True)
+    model = fastblocks.convert(nn.Sequential(*blocks(), fourier, original.ConvNeXt1DBlock(3, 1, 20, 20), gru))
+    rows = fastblocks.conversion_report(model).rows
+    assert [row.name for row in rows if row.speed] == ["RNNBlock", "ConvNeXt1DBlock", "Fourier", "ConvNeXt1DBlock"]
+    below = [line for line in str(fastblocks.conversion_report(model)).splitlines() if line.startswith("no faster")]
+    assert below == [
+        "no faster here, RNNBlock: PyTorch's own LSTM layers do most of the work in both",
+        "no faster here, ConvNeXt1DBlock: PyTorch's own convolutions and matrix products do most of the work in both",
+        "no faster here, Fourier: PyTorch's own Fourier transforms do most of the work in both",
+    ]
+
+
+@pytest.mark.parametrize("kernels, expected", [("", ""), ("this GPU is too old", "no kernel runs on this GPU")])
+def test_what_the_report_says_of_a_gpu(kernels, expected, monkeypatch):
+    runtime = SimpleNamespace(unsupported_reason=lambda device: kernels)
+    monkeypatch.setattr(backend, "_kernel_runtime", lambda: (runtime, ""))
+    block = original.ConvNeXt1DBlock(3, 1, 20, 20)
+    with FakeTensorMode():
+        block.dwconv.weight = nn.Parameter(torch.empty(20, 1, 3, device="cuda"))
+    said = driver._no_gain(registry.adapter_of(block), {}, block)
+    assert said.startswith(expected) and bool(said) == bool(expected)
 
 
 def test_no_report_of_a_model_that_was_not_converted():

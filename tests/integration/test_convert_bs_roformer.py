@@ -100,6 +100,31 @@ class Alone(_Attention):
 Alone.__name__ = "Attention"
 
 
+class HeadsFirst(nn.Module):
+    def forward(self, x):
+        return x.mT.unsqueeze(-1)
+
+
+class MelBand(_Attention):
+    """As in MelBandRoformer's layers behind the first: the values say how far v goes to the sigmoid."""
+
+    def __init__(self, dim, heads=8, dim_head=64, dropout=0.0, rotary_embed=None, flash=True, add_value_residual=True):
+        super().__init__(dim, heads, dim_head, dropout, rotary_embed, flash)
+        self.learned_value_residual_mix = nn.Sequential(nn.Linear(dim, heads), HeadsFirst(), nn.Sigmoid())
+        self._modules["to_out"] = self._modules.pop("to_out")
+
+    def forward(self, x, value_residual=None):
+        x = self.norm(x)
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = v.lerp(self.learned_value_residual_mix(x), value_residual)
+        q, k = (self.rotary_embed.rotate_queries_or_keys(t) for t in (q, k))
+        y = self.attend(q, k, mixed) * self.to_gates(x).mT[..., None].sigmoid()
+        return self.to_out(y.transpose(1, 2).flatten(2)), v
+
+
+MelBand.__name__ = "Attention"
+
+
 class FeedForward(nn.Module):
     def __init__(self, dim, mult=4, dropout=0.0):
         super().__init__()
@@ -194,7 +219,7 @@ def test_whole_models_of_the_package():
     models = [
         theirs.BSRoformer(**size, freqs_per_bands=(512, 513)),
         theirs.BSRoformer(**size, freqs_per_bands=(512, 513), num_residual_streams=1, flash_attn=False),
-        theirs.MelBandRoformer(**size, num_bands=8, add_value_residual=False),
+        theirs.MelBandRoformer(**size, num_bands=8),
     ]
     for model in models:
         x = torch.randn(1, 12000)
@@ -204,6 +229,33 @@ def test_whole_models_of_the_package():
         names = [type(m).__name__ for m in model.modules()]
         assert len(report.swapped) == names.count("Attention") + names.count("FeedForward") > 0
         torch.testing.assert_close(fastblocks_model(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["copy", "bs-roformer"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("hooked", ["", "to_gates", "learned_value_residual_mix", "learned_value_residual_mix.1"])
+def test_mel_bands_way_to_mix_values(which, hooked):
+    cls, rotary = MelBand, RotaryEmbedding
+    if which != "copy":
+        theirs, embedding = package()
+        cls = importlib.import_module(f"{theirs.__name__}.mel_band_roformer").Attention
+        rotary = embedding.RotaryEmbedding
+    block, called = attention(cls, rotary, flash=True, add_value_residual=True), []
+    x, values = torch.randn(2, T, C, requires_grad=True), torch.randn(2, HEADS, T, D, requires_grad=True)
+    new = fastblocks.convert(nn.Sequential(copy.deepcopy(block)))[0]
+    assert type(new) is ours.MelBandAttention and list(new.state_dict()) == list(block.state_dict())
+    if hooked:
+        new.get_submodule(hooked).register_forward_hook(lambda *_: called.append(hooked))
+    found = []
+    for attending in (block, new):
+        learnt = [p for p in attending.parameters() if p.requires_grad]
+        outputs = attending(x, value_residual=values)
+        found.append([*outputs, *torch.autograd.grad([y.square().sum() for y in outputs], [x, values, *learnt])])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert called == ([hooked] if hooked else [])
+    with pytest.raises(ValueError, match="value_residual is None"):
+        new(x)
 
 
 def test_copies_that_return_the_output_alone():
@@ -365,7 +417,10 @@ def changed(change):
         (lambda: changed(lambda b: setattr(b.rotary_embed, "default_seq_dim", -3)), "tokens before heads"),
         (lambda: changed(lambda b: setattr(b, "attend", nn.Identity())), "attends by Identity"),
         (lambda: changed(lambda b: setattr(b.attend, "scale", 8)), "scaled by 8"),
-        (lambda: changed(lambda b: setattr(b, "learned_value_residual_mix", nn.Identity())), "Mel-Band RoFormer's way"),
+        (
+            lambda: changed(lambda b: setattr(b, "learned_value_residual_mix", nn.Identity())),
+            "mix.0.weight' is not in",
+        ),
     ],
 )
 def test_what_is_not_covered_is_left_alone_with_a_reason(block, why):

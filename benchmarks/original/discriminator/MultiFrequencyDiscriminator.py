@@ -12,11 +12,12 @@ class FrequencyDiscriminator(nn.Module):
         super().__init__()
         self.window = window
         self.bins = int((window // 2 + 1) * sample_rate / 48000)
-        convs = [nn.Conv2d(2 * nch, h, (3, 9), padding=(1, 4))]
+        self.layers = nn.ModuleList([NormConv(nn.Conv2d(2 * nch, h, (3, 9), padding=(1, 4)), norm)])
         for d in (1, 2, 4):
-            convs.append(nn.Conv2d(d * h, 2 * d * h, (3, 9), (1, 2), (d, 4), (d, 1)))
-        convs += [nn.Conv2d(8 * h, 16 * h, (3, 3), padding=1), nn.Conv2d(16 * h, 32 * h, (3, 3), padding=1)]
-        self.layers = nn.ModuleList(NormConv(conv, norm) for conv in convs)
+            conv = nn.Conv2d(d * h, 2 * d * h, (3, 9), (1, 2), (d, 4), (d, 1))
+            self.layers.append(NormConv(conv, norm))
+        for d in (8, 16):
+            self.layers.append(NormConv(nn.Conv2d(d * h, 2 * d * h, (3, 3), padding=1), norm))
         self.output_conv = nn.Conv2d(32 * h, 1, (3, 3), padding=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -19,10 +19,10 @@ class ResolutionDiscriminator(nn.Module):
 
     @staticmethod
     def _stack(nch: int, width: int, norm: bool) -> nn.ModuleList:
-        convs = [nn.Conv2d(2 * nch, width, (3, 9), (1, 1), (1, 4))]
-        convs += [nn.Conv2d(width, width, (3, 9), (1, 2), (1, 4)) for _ in range(3)]
-        convs += [nn.Conv2d(width, width, (3, 3), (1, 1), (1, 1))]
-        return nn.ModuleList(NormConv(conv, norm) for conv in convs)
+        layers = nn.ModuleList([NormConv(nn.Conv2d(2 * nch, width, (3, 9), (1, 1), (1, 4)), norm)])
+        for kernel, stride, padding in [((3, 9), (1, 2), (1, 4))] * 3 + [((3, 3), (1, 1), (1, 1))]:
+            layers.append(NormConv(nn.Conv2d(width, width, kernel, stride, padding), norm))
+        return layers
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         x = spectrogram(x, self.window, self.hop)
