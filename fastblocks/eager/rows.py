@@ -66,7 +66,35 @@ class _CPURMSNorm(torch.autograd.Function):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    if gate.dtype != up.dtype or not gate.is_cpu or must_trace():
+        return _swiglu_formula(gate, up)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _CPUSwiGLU.apply(gate, up)
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_formula(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
+
+
+class _CPUSwiGLU(torch.autograd.Function):
+    """Keeps its two inputs, where autograd of the formula keeps silu(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return by_formula(_swiglu_formula, (gate, up), grad)
+        wants_gate, wants_up = ctx.needs_input_grad
+        return (
+            torch.ops.aten.silu_backward(grad * up, gate) if wants_gate else None,
+            F.silu(gate).mul_(grad) if wants_up else None,
+        )
 
 
 def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
@@ -78,16 +106,16 @@ def swiglu_mlp(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: T
             F.pad(weight_up, (0, 0, 0, pad)),
             F.pad(weight_down, (0, pad)),
         )
-        y = _CPUSwiGLU.apply(x.reshape(-1, x.shape[-1]), gate, up, down)
+        y = _CPUSwiGLUMLP.apply(x.reshape(-1, x.shape[-1]), gate, up, down)
         return y.view(*x.shape[:-1], y.shape[-1])
-    return _swiglu_formula(x, weight_gate, weight_up, weight_down)
+    return _swiglu_mlp_formula(x, weight_gate, weight_up, weight_down)
 
 
-def _swiglu_formula(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
-    return F.linear(swiglu(F.linear(x, weight_gate), F.linear(x, weight_up)), weight_down)
+def _swiglu_mlp_formula(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
+    return F.linear(_swiglu_formula(F.linear(x, weight_gate), F.linear(x, weight_up)), weight_down)
 
 
-class _CPUSwiGLU(torch.autograd.Function):
+class _CPUSwiGLUMLP(torch.autograd.Function):
     """The layer over rows (N, C), a few at a time; keeps the two preactivations, gate and up."""
 
     @staticmethod
@@ -109,7 +137,7 @@ class _CPUSwiGLU(torch.autograd.Function):
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return by_formula(_swiglu_formula, inputs, grad_y)
+            return by_formula(_swiglu_mlp_formula, inputs, grad_y)
         x, weight_gate, weight_up, weight_down = inputs
         grad_x = torch.empty_like(x)
         grads = [torch.zeros_like(weight) for weight in inputs[1:]]
