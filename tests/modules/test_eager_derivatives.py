@@ -535,3 +535,22 @@ def test_swiglu_is_its_formula_and_keeps_two_tensors(layout, wanted, dtype):
         grad = torch.randn_like(y)
         grads = (torch.autograd.grad(result, leaves, grad) for result in (y, want))
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 29, 30, 31, 75])
+def test_swiglu_mlp_a_few_rows_at_a_time(length, monkeypatch):
+    """30 rows of 16 hidden channels at once: one part, a whole number of them, a rest."""
+    monkeypatch.setattr(rows, "_CPU_HIDDEN", 30 * 16 + 5)
+    leaves = [torch.randn(size, requires_grad=True) for size in ((length, 12), (13, 12), (13, 12), (7, 13))]
+    grad = torch.randn(length, 7)
+
+    def results(function, leaves, grad):
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    got = results(functional.swiglu_mlp, leaves, grad)
+    with torch.no_grad():
+        assert torch.equal(functional.swiglu_mlp(*leaves), got[0])
+    exact = results(rows._swiglu_mlp_formula, [t.detach().double().requires_grad_() for t in leaves], grad.double())
+    for value, want in zip(got, exact, strict=True):
+        assert_close(value, want, max(length, 13))
