@@ -63,7 +63,9 @@ def _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, state: Tensors) -> Tenso
     if state[0] is None:
         state = tuple(x.new_zeros(directions, x.shape[0], groups * hidden) for _ in state)
     inputs = tuple(None if t is None else t.to(dtype) for t in (x, weight_ih, weight_hh, bias_ih, bias_hh, *state))
-    if x.is_cpu or in_function_transform():  # the state is kept in float32 through time; cuDNN does so by itself
+    # The state is kept in float32 through time: cuDNN does so by itself, oneDNN only with an LSTM's cell.
+    on_onednn = x.is_cpu and len(state) == 2 and dtype == torch.bfloat16
+    if (x.is_cpu and not on_onednn) or in_function_transform():
         wide = torch.promote_types(dtype, torch.float32)
         inputs = tuple(None if tensor is None else tensor.to(wide) for tensor in inputs)
     with without_autocast(x.device):
