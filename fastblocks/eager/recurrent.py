@@ -63,7 +63,9 @@ def _grouped(x, weight_ih, weight_hh, bias_ih, bias_hh, state: Tensors) -> Tenso
     if state[0] is None:
         state = tuple(x.new_zeros(directions, x.shape[0], groups * hidden) for _ in state)
     inputs = tuple(None if t is None else t.to(dtype) for t in (x, weight_ih, weight_hh, bias_ih, bias_hh, *state))
-    if x.is_cpu or in_function_transform():  # the state is kept in float32 through time; cuDNN does so by itself
+    # The state is kept in float32 through time: cuDNN does so by itself, oneDNN only with an LSTM's cell.
+    on_onednn = x.is_cpu and len(state) == 2 and dtype == torch.bfloat16
+    if (x.is_cpu and not on_onednn) or in_function_transform():
         wide = torch.promote_types(dtype, torch.float32)
         inputs = tuple(None if tensor is None else tensor.to(wide) for tensor in inputs)
     with without_autocast(x.device):
@@ -169,48 +171,52 @@ _operator.register_autograd(
 
 
 def _block_diagonal(weight: Tensor, gates: int) -> Tensor:
-    """(G, gates·H, I) -> (gates·G·H, G·I): one recurrence in which no group sees another."""
-    groups, rows, inputs = weight.shape
+    """(G, gates·H, I) -> (gates·G·H, G·I), a bias (G, gates·H) -> (gates·G·H,): one recurrence in which no group sees
+    another."""
+    groups = weight.shape[0]
     if groups == 1:
         return weight[0]
-    by_gate = weight.unflatten(1, (gates, -1)).movedim(1, 0)  # (gates, G, H, I)
+    by_gate = weight.unflatten(1, (gates, -1)).movedim(1, 0)  # (gates, G, H, …)
+    if weight.dim() == 2:
+        return by_gate.flatten()
     eye = torch.eye(groups, dtype=weight.dtype, device=weight.device)
-    return (by_gate.unsqueeze(3) * eye[:, None, :, None]).reshape(gates * rows // gates * groups, groups * inputs)
+    return (by_gate.unsqueeze(3) * eye[:, None, :, None]).flatten(0, 2).flatten(1)
 
 
 def _library(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
     """All groups by torch.gru or torch.lstm: x (B, T, G·I) -> y (B, T, G·N·H) and the final states (N, B, G·H)."""
-    groups, hidden = weight_hh.shape[1], weight_hh.shape[3]
+    directions, groups, rows, hidden = weight_hh.shape
+    gates = rows // hidden
+    given = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     if groups > 1 and (x.is_cpu or groups * hidden > _BLOCK_DIAGONAL_HIDDEN):
-        by_group = x.unflatten(-1, (groups, -1)).movedim(-2, 0).contiguous()  # oneDNN takes twice as long on slices
+        # time first, in memory of its own: oneDNN takes twice as long on slices
+        by_group = x.unflatten(-1, (groups, -1)).permute(2, 1, 0, 3).contiguous().unbind()
+        weights = [w.flatten(0, 1).unbind() for w in given]  # one backward node for all of them
+        states = [s.unflatten(-1, (groups, hidden)).unbind(2) for s in state]
         parts = [
             _one_recurrence(
-                x_g,
-                *(None if w is None else w[:, g : g + 1] for w in (weight_ih, weight_hh, bias_ih, bias_hh)),
-                *(s.unflatten(-1, (groups, hidden))[:, :, g] for s in state),
+                x_g, [w[d * groups + g] for d in range(directions) for w in weights], *(s[g] for s in states)
             )
             for g, x_g in enumerate(by_group)
         ]
-        return tuple(torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
-    return _one_recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *state)
-
-
-def _one_recurrence(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tensors:
-    directions, groups, rows, hidden = weight_hh.shape
-    gates = rows // hidden
-    weights = []
-    for d in range(directions):
-        weights += [_block_diagonal(weight_ih[d], gates), _block_diagonal(weight_hh[d], gates)]
-        if bias_ih is not None:
-            weights += [b[d].unflatten(1, (gates, -1)).transpose(0, 1).flatten() for b in (bias_ih, bias_hh)]
-    state = [s.contiguous() for s in state]
-    # cuDNN has a backward pass in training mode only; inference is cheaper
-    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *state))
-    options = weights, bias_ih is not None, 1, 0.0, train, directions == 2, True
-    y, *final = torch.gru(x, *state, *options) if len(state) == 1 else torch.lstm(x, state, *options)
+        y, *final = zip(*parts, strict=True)
+        return torch.cat([part.transpose(0, 1) for part in y], -1), *(torch.cat(last, -1) for last in final)
+    weights = [_block_diagonal(w[d], gates) for d in range(directions) for w in given]
+    y, *final = _one_recurrence(x.transpose(0, 1), weights, *state)
     if directions == 2:  # (direction, group) -> (group, direction)
         y = y.unflatten(-1, (directions, groups, hidden)).transpose(-2, -3).flatten(-3)
-    return y, *final
+    return y.transpose(0, 1), *final
+
+
+def _one_recurrence(x: Tensor, weights: list[Tensor], *state: Tensor) -> Tensors:
+    """x (T, B, I) and each direction's weights in torch.nn.LSTM's order -> y (T, B, N·H) and the final states."""
+    directions = state[0].shape[0]
+    bias = len(weights) == 4 * directions
+    # cuDNN has a backward pass in training mode only; inference is cheaper
+    train = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights, *state))
+    state = [s.contiguous() for s in state]
+    options = weights, bias, 1, 0.0, train, directions == 2, False
+    return torch.gru(x, *state, *options) if len(state) == 1 else torch.lstm(x, state, *options)
 
 
 # --- All groups and directions in one loop

@@ -80,6 +80,13 @@ def _recurrence_of_itself(kind, run):
 
 def _swiglu_of_itself(run):
     def call(x):
+        return run(x, torch.sin(x) + x.flip(0))
+
+    return call, [torch.randn(5, 4, dtype=torch.float64)]
+
+
+def _swiglu_mlp_of_itself(run):
+    def call(x):
         gate = mixed(torch.Size((16, 4)), x)
         up = mixed(torch.Size((16, 4)), x, gate)
         return run(x, gate, up, mixed(torch.Size((4, 16)), x, up))
@@ -107,6 +114,7 @@ COMPOSED = {
     "lstm": (partial(_recurrence_of_itself, "lstm"), partial(run_recurrence, "lstm"), FORMULA["lstm"]),
     "rms_norm": (_rms_norm_of_itself, rows._CPURMSNorm.apply, rows.rms_norm_formula),
     "swiglu": (_swiglu_of_itself, rows._CPUSwiGLU.apply, rows._swiglu_formula),
+    "swiglu_mlp": (_swiglu_mlp_of_itself, rows._CPUSwiGLUMLP.apply, rows._swiglu_mlp_formula),
     "attention": (_attention_of_itself, attention._CPUAttention.apply, attention._attention_formula),
     "library's attention": (_attention_of_itself, attention._library, attention._attention_formula),
 }
@@ -505,3 +513,46 @@ def test_rms_norm_keeps_its_input_and_a_number_per_row():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         functional.rms_norm(x, scale)
     assert kept == [(40, 24), (24,), (40, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "halves", "expanded"])
+def test_swiglu_is_its_formula_and_keeps_two_tensors(layout, wanted, dtype):
+    """The very numbers, and inputs that stay as they were."""
+    gate, up = torch.randn(2, 37, 24).to(dtype)
+    if layout == "halves":
+        gate, up = torch.randn(37, 48).to(dtype).chunk(2, -1)
+    elif layout == "expanded":
+        gate = gate[:1].expand(37, -1)
+    gate, up = gate.requires_grad_(wanted[0]), up.requires_grad_(wanted[1])
+    before, kept = gate.clone(), []
+    leaves = [leaf for leaf in (gate, up) if leaf.requires_grad]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = functional.swiglu(gate, up)
+    want = rows._swiglu_formula(gate, up)
+    assert torch.equal(y, want) and torch.equal(gate, before)
+    assert len(kept) <= 2
+    if leaves:
+        grad = torch.randn_like(y)
+        grads = (torch.autograd.grad(result, leaves, grad) for result in (y, want))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, 29, 30, 31, 75])
+def test_swiglu_mlp_a_few_rows_at_a_time(length, monkeypatch):
+    """30 rows of 16 hidden channels at once: one part, a whole number of them, a rest."""
+    monkeypatch.setattr(rows, "_CPU_HIDDEN", 30 * 16 + 5)
+    leaves = [torch.randn(size, requires_grad=True) for size in ((length, 12), (13, 12), (13, 12), (7, 13))]
+    grad = torch.randn(length, 7)
+
+    def results(function, leaves, grad):
+        y = function(*leaves)
+        return y, *torch.autograd.grad(y, leaves, grad)
+
+    got = results(functional.swiglu_mlp, leaves, grad)
+    with torch.no_grad():
+        assert torch.equal(functional.swiglu_mlp(*leaves), got[0])
+    exact = results(rows._swiglu_mlp_formula, [t.detach().double().requires_grad_() for t in leaves], grad.double())
+    for value, want in zip(got, exact, strict=True):
+        assert_close(value, want, max(length, 13))
