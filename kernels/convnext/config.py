@@ -86,18 +86,19 @@ def grad_weight(
 
     `parts` is how many programs (phases, rows and chunks of taps) share a split and a block of channels; `fused` is the
     gradient of x in the same pass. A program holds tiles of [channels, runs]: 7 of sums, 4 of x; fused, also 4 of dx
-    and 7 of weights; at 8 elements per thread 56 + 32 registers, at 4 fused 88 (8 took 255 and spilled on sm_90). About
-    4 programs per SM is a prediction.
+    and 7 of weights. Four elements per thread take 168 registers fused (8 took 255 and spilled on sm_90), else 80-128:
+    three and four programs fit an SM, five of 32 channels. No more are launched, as a second wave of few would take as
+    long as the first, and as many as share the tiles evenly. A prediction.
     """
     run = 4
     block_c = min(64, max(16, power_of_two(channels)))
-    runs = (1024 if block_c == 64 else 512) // block_c
+    runs = 512 // block_c
     block_w = min(runs, power_of_two(-(-sizes[1] // run)))
     block_h = min(runs // block_w, power_of_two(sizes[0]))
     tiles = batch * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run))
-    splits = max(1, min(tiles, 4 * sm_count // (parts * -(-channels // block_c))))
-    warps = 8 if fused and block_c == 64 else 4
-    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), splits
+    most = max(1, (3 if fused else 4 if block_c == 64 else 5) * sm_count // (parts * -(-channels // block_c)))
+    splits = cdiv(tiles, cdiv(tiles, most))
+    return config(4, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run), splits
 
 
 @cache
