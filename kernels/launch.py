@@ -9,7 +9,7 @@ AMD, whose compiler specialises on more, it is plain `kernel[grid](…)`.
 `recording` makes the same launchers record what they would launch, on meta tensors, for reports that need no GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import triton
 
-__all__ = ["CompileCase", "LaunchConfig", "config", "launch", "recording"]
+__all__ = ["CompileCase", "LaunchConfig", "Prepared", "config", "launch", "recording"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def launch(kernel, grid: tuple[int, ...], config: LaunchConfig, like: Tensor, **
     """
     if _listener is not None:
         _listener(kernel, grid, config, arguments)
-    elif not like.is_cuda:  # the interpreter
+    elif runtime.INTERPRETED:
         kernel[grid](**arguments, **config.keywords())
     elif like.get_device() == torch.cuda.current_device():
         _launch_here(kernel, grid, config, arguments)
@@ -80,24 +80,69 @@ def launch(kernel, grid: tuple[int, ...], config: LaunchConfig, like: Tensor, **
             _launch_here(kernel, grid, config, arguments)
 
 
+class Prepared:
+    """A launch of which everything but the tensors is known: nothing else is bound and looked at anew at a call.
+
+    Args:
+        kernel, grid, config: as of `launch`.
+        **numbers: all arguments of the kernel that are not pointers, by name.
+    """
+
+    def __init__(self, kernel, grid: tuple[int, ...], config: LaunchConfig, **numbers):
+        self._launch, self._numbers = (kernel, grid, config), numbers
+        self._grid = (*grid, 1, 1)
+        self._bind: Callable | None = None
+        self._held: dict[tuple, object] = {}
+
+    def __call__(self, like: Tensor, **pointers) -> None:
+        """Launch on the device of `like`; pointers by name, None for those that the kernel does not use."""
+        kernel, grid, config = self._launch
+        if (
+            _listener is not None
+            or runtime.INTERPRETED
+            or runtime.HIP
+            or (device := like.get_device()) != torch.cuda.current_device()
+            or not _is_tritons_own_launcher(kernel)
+        ):
+            launch(kernel, grid, config, like=like, **self._numbers, **pointers)
+            return
+        bind = self._bind
+        if bind is None:
+            bind = self._bind = _binder(kernel, pointers, self._numbers | config._by_name)
+        key, values = bind(device, **pointers)
+        compiled = self._held.get(key)
+        if compiled is not None:
+            compiled[self._grid](*values)
+            return
+        compiled = _launch_here(kernel, grid, config, self._numbers | pointers)
+        if compiled is not None:
+            self._held[key] = compiled
+
+
 _held: dict[tuple, object] = {}
 _binders: dict[int, Callable] = {}  # by id: kernels live as long as their modules, and hashing one reads its source
+_makers: dict[tuple, Callable] = {}
 
 
-def _launch_here(kernel, grid, config, arguments) -> None:
+def _launch_here(kernel, grid, config, arguments) -> object:
+    """Returns the compiled kernel if it is held now, else None."""
     if runtime.HIP or not _is_tritons_own_launcher(kernel):
         kernel[grid](**arguments, **config.keywords())
-        return
-    bind = _binders.get(id(kernel)) or _make_binder(kernel, arguments, config)
-    key, values = bind(**arguments, **config._by_name)
-    key = (id(kernel), torch.cuda.current_device(), config.num_warps, config.num_stages, *key)
+        return None
+    bind = _binders.get(id(kernel))
+    if bind is None:
+        bind = _binders[id(kernel)] = _binder(kernel, arguments)
+    key, values = bind(torch.cuda.current_device(), **arguments, **config._by_name)
+    key = (id(kernel), config.num_warps, config.num_stages, *key)
     compiled = _held.get(key)
-    if compiled is None:
-        compiled = kernel[grid](**arguments, **config.keywords())
-        if hasattr(compiled, "packed_metadata"):  # not a future: Triton may compile in the background
-            _held[key] = compiled
-        return
-    compiled[(*grid, 1, 1)](*values)
+    if compiled is not None:
+        compiled[(*grid, 1, 1)](*values)
+        return compiled
+    compiled = kernel[grid](**arguments, **config.keywords())
+    if not hasattr(compiled, "packed_metadata"):  # a future: Triton may compile in the background
+        return None
+    _held[key] = compiled
+    return compiled
 
 
 _seen_run: object = None
@@ -114,14 +159,24 @@ def _is_tritons_own_launcher(kernel) -> bool:
     return _is_own and not kernel.pre_run_hooks
 
 
-def _make_binder(kernel, arguments: dict, config: LaunchConfig) -> Callable:
-    """Returns a function of the kernel's arguments that gives what Triton specialises on, and the arguments in order.
+def _binder(kernel, arguments: dict, known: dict | None = None) -> Callable:
+    """Returns a function of the device's index and the kernel's arguments, but for those that are known. It gives what
+    Triton specialises on, and all arguments in the kernel's order."""
+    known = known or {}
+    which = (id(kernel), *known)
+    if which not in _makers:
+        _makers[which] = _maker(kernel, arguments, known)
+    return _makers[which](**known)
 
-    Generated as source with one expression per argument: a Python loop over 30 of them takes longer than the launch.
-    """
-    key = []
+
+def _maker(kernel, arguments: dict, known: Iterable[str]) -> Callable:
+    """Generated as source with one expression per argument: a Python loop over 30 of them takes longer than the
+    launch."""
+    key = ["device"]
     for parameter in kernel.params:
         name = parameter.name
+        if name in known:
+            continue
         if parameter.is_constexpr:
             key.append(name)
         elif name.endswith("_ptr"):
@@ -132,12 +187,9 @@ def _make_binder(kernel, arguments: dict, config: LaunchConfig) -> Callable:
             key.append(f"{name} >= 2147483648")
         elif not isinstance(arguments[name], float):
             raise TypeError(f"{kernel.fn.__name__}: {name} is a {type(arguments[name]).__name__}, not a number")
-    names = ", ".join(kernel.arg_names)
-    source = f"def bind({names}):\n    return ({', '.join(key)},), ({names},)"
-    space: dict = {}
-    exec(source, space)
-    _binders[id(kernel)] = space["bind"]
-    return space["bind"]
+    given = ", ".join(name for name in kernel.arg_names if name not in known)
+    bind = f"lambda device, {given}: (({', '.join(key)},), ({', '.join(kernel.arg_names)},))"
+    return eval(f"lambda {', '.join(known)}: {bind}")
 
 
 # ---- recording of launches -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ __all__ = ["Operator", "all_operators", "compute_dtype"]
 _declared: "dict[str, Operator]" = {}
 
 _library = torch.library.Library("fastblocks", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 
 def all_operators() -> "dict[str, Operator]":
@@ -86,7 +86,9 @@ class Operator:
         self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
         self.saved = [[r.name for r in returns].index(kept) for kept in saved]
         self._has_one_result = len(returns) == 1
-        self._node = _node_of(self)
+        # `apply` without what `autograd.Function` does in Python before it, 3 µs: that unwraps what a function
+        # transform has left behind, which no kernel could read
+        self._apply = super(torch.autograd.Function, _node_of(self)).apply
 
         inputs = schema[1 : schema.index(") ->")].split(", ")[:-1]
         grads, kept = (
@@ -111,7 +113,7 @@ class Operator:
         if self._is_watched(arguments):
             return self._dispatch(*arguments, False)[: self.results]
         if self._needs_gradients(arguments):
-            return self._node.apply(False, *arguments)
+            return self._apply(False, *arguments)
         return self._run(*arguments, False)[: self.results]
 
     def rehearse(self, *arguments) -> None:
@@ -131,13 +133,15 @@ class Operator:
         return (
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack() > 0
-            or any(type(arguments[i]) not in _PLAIN for i in self.tensors)
+            or not {type(arguments[i]) for i in self.tensors} <= _PLAIN
         )
 
     def _needs_gradients(self, arguments) -> bool:
-        return torch.is_grad_enabled() and any(
-            arguments[i] is not None and arguments[i].requires_grad for i in self.tensors
-        )
+        if torch.is_grad_enabled():
+            for i in self.tensors:
+                if arguments[i] is not None and arguments[i].requires_grad:
+                    return True
+        return False
 
     # ---- as registered operators, which cannot return None: an empty 1-D tensor stands for a result that is None. One
     # ---- with a single result returns that, not a tuple.
@@ -162,7 +166,7 @@ class Operator:
     def _differentiable(self, *arguments):
         """The operator at the dispatcher's key "Autograd"."""
         if self._needs_gradients(arguments):
-            return self._only(self._node.apply(True, *arguments[:-1]))
+            return self._only(self._apply(True, *arguments[:-1]))
         with torch._C._AutoDispatchBelowAutograd():  # keep may be True: in a graph traced with its backward
             return self._forward_op(*arguments)
 

@@ -1,8 +1,10 @@
 """The second stage of a sum over positions: adds the programs' partial sums, one row each, in a fixed order."""
 
+from functools import lru_cache
+
 from torch import Tensor
 
-from fastblocks.kernels.launch import config, launch
+from fastblocks.kernels.launch import Prepared, config
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -41,13 +43,14 @@ def _sum_rows_kernel(
         tl.store(out3_ptr + offs_n - END2, round_to(result, out3_ptr.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=1024)
+def _sum_rows_launch(rows: int, *sizes: int) -> Prepared:
+    ends = {f"END{i}": sum(sizes[: i + 1]) for i in range(4)}
+    return Prepared(_sum_rows_kernel, (cdiv(ends["END3"], SUM_ROWS["BLOCK_N"]),), SUM_ROWS, rows=rows, **ends)
+
+
 def sum_rows(partial: Tensor, outs: list[Tensor]) -> None:
     """Sums `partial` (rows, columns) over its rows; consecutive columns fill `outs`, 1 to 4 contiguous tensors."""
-    ends = [sum(out.numel() for out in outs[: i + 1]) for i in range(4)]
-    launch(
-        _sum_rows_kernel, (cdiv(ends[3], SUM_ROWS["BLOCK_N"]),), SUM_ROWS, like=partial,
-        partial_ptr=partial,
-        **{f"out{i}_ptr": outs[i] if i < len(outs) else None for i in range(4)},
-        rows=partial.shape[0],
-        **{f"END{i}": end for i, end in enumerate(ends)},
-    )  # fmt: skip
+    prepared = _sum_rows_launch(partial.shape[0], *[out.numel() for out in outs])
+    out0, out1, out2, out3 = (*outs, None, None, None)[:4]
+    prepared(partial, partial_ptr=partial, out0_ptr=out0, out1_ptr=out1, out2_ptr=out2, out3_ptr=out3)

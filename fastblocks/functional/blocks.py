@@ -65,7 +65,7 @@ def roformer_block(
     )
     batch, length, width = x.shape
     require(
-        shape(weight_qkv) == (3 * width, width) and shape(weight_out) == (width, width),
+        weight_qkv.shape == (3 * width, width) and weight_out.shape == (width, width),
         lambda: (
             f"roformer_block: x {shape(x)} needs weight_qkv ({3 * width}, {width}) and weight_out ({width}, {width}), "
             f"got {shape(weight_qkv)} and {shape(weight_out)}"
@@ -84,16 +84,17 @@ def roformer_block(
         lambda: "roformer_block: return_registers=True, but there are no registers",
     )
     check_positions("roformer_block", rope, width // n_head, length, n_registers, window)
-    tensors = {
-        "x": x, "weight_qkv": weight_qkv, "weight_out": weight_out, "weight_gate": weight_gate, "weight_up": weight_up,
-        "weight_down": weight_down, "scale_attention": scale_attention, "scale_mlp": scale_mlp, "rope": rope,
-    }  # fmt: skip
-    require_floating("roformer_block", **tensors, registers=registers)
+    require_floating(
+        "roformer_block", x=x, weight_qkv=weight_qkv, weight_out=weight_out, weight_gate=weight_gate,
+        weight_up=weight_up, weight_down=weight_down, scale_attention=scale_attention, scale_mlp=scale_mlp, rope=rope,
+        registers=registers,
+    )  # fmt: skip
     if n_registers == 0:
         registers = None
     return run(
-        "roformer_block", _roformer_kernels, _composed_roformer, *tensors.values(), n_head,
-        seen_window(window, length), registers, return_registers, eps_attention, eps_mlp,
+        "roformer_block", _roformer_kernels, _composed_roformer, x, weight_qkv, weight_out, weight_gate, weight_up,
+        weight_down, scale_attention, scale_mlp, rope, n_head, seen_window(window, length), registers,
+        return_registers, eps_attention, eps_mlp,
     )  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def rnn_block(
             and directions in (1, 2)
             and rows in (3 * hidden, 4 * hidden)
             and width == groups * directions * hidden
-            and shape(weight_ih) == (layers, directions, groups, rows, directions * hidden)
+            and weight_ih.shape == (layers, directions, groups, rows, directions * hidden)
         )
     require(
         fits,
@@ -151,12 +152,14 @@ def rnn_block(
         ),
     )
     _check_mlp("rnn_block", x, weight_gate, weight_up, weight_down, scale_rnn, scale_mlp)
-    tensors = {
-        "x": x, "weight_ih": weight_ih, "weight_hh": weight_hh, "weight_gate": weight_gate, "weight_up": weight_up,
-        "weight_down": weight_down, "scale_rnn": scale_rnn, "scale_mlp": scale_mlp,
-    }  # fmt: skip
-    require_floating("rnn_block", **tensors)
-    return run("rnn_block", _rnn_kernels, _composed_rnn, *tensors.values(), eps_rnn, eps_mlp)
+    require_floating(
+        "rnn_block", x=x, weight_ih=weight_ih, weight_hh=weight_hh, weight_gate=weight_gate, weight_up=weight_up,
+        weight_down=weight_down, scale_rnn=scale_rnn, scale_mlp=scale_mlp,
+    )  # fmt: skip
+    return run(
+        "rnn_block", _rnn_kernels, _composed_rnn, x, weight_ih, weight_hh, weight_gate, weight_up, weight_down,
+        scale_rnn, scale_mlp, eps_rnn, eps_mlp,
+    )  # fmt: skip
 
 
 def _check_mlp(
@@ -167,8 +170,8 @@ def _check_mlp(
         gate.dim() == 2
         and gate.shape[1] == width
         and up.shape == gate.shape
-        and shape(down) == (width, gate.shape[0])
-        and shape(first_scale) == shape(scale) == (width,),
+        and down.shape == (width, gate.shape[0])
+        and first_scale.shape == scale.shape == (width,),
         lambda: (
             f"{operation}: x {shape(x)} needs weight_gate and weight_up (F, {width}), weight_down ({width}, F) and "
             f"scales ({width},), got {shape(gate)}, {shape(up)}, {shape(down)}, {shape(first_scale)} and {shape(scale)}"

@@ -37,14 +37,9 @@ def fuses_backward(channels: int, weight: Tensor) -> bool:
     return fuses(channels, weight.dtype) and (roomy or channels <= RECOMPUTED_CHANNELS)
 
 
-def launch_config(kernel: str, x: Tensor, weight: Tensor) -> LaunchConfig:
-    """The launch of one kernel; x: the widest operand, (N, C); weight: (…, C) in the products' dtype."""
-    return of_kernel(kernel, runtime.architecture(x.device), power_of_two(weight.shape[-1]), x.element_size())
-
-
-@cache
-def of_kernel(kernel: str, architecture: str, block_c: int, itemsize: int) -> LaunchConfig:
-    block_c = max(16, block_c)
+def of_kernel(kernel: str, architecture: str, channels: int) -> LaunchConfig:
+    """The launch of one kernel."""
+    block_c = max(16, power_of_two(channels))
     wide, roomy = block_c > 64, architecture in OPERANDS_IN_SHARED_MEMORY
     if kernel == "norm_linear_forward":
         # One stage: two hold the next chunk of W in shared memory that a second resident program needs (48-59 µs

@@ -13,11 +13,13 @@ Predicted (not measured), N 72192, C 128, F 341, float32 x, H100: 74 µs (memory
 the output product 70 (37).
 """
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from fastblocks.kernels import runtime
 from fastblocks.kernels.blocks import config
-from fastblocks.kernels.launch import launch
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -26,9 +28,9 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 HARDWARE_SIGMOID = True
 
 
-def hardware_sigmoid(x: Tensor) -> bool:
-    """Whether kernels on x's device use those instructions."""
-    return HARDWARE_SIGMOID and runtime.architecture(x.device).startswith("sm_")
+def hardware_sigmoid(architecture: str) -> bool:
+    """Whether kernels use those instructions there."""
+    return HARDWARE_SIGMOID and architecture.startswith("sm_")
 
 
 @triton.jit
@@ -89,6 +91,17 @@ def _block_mlp_forward_kernel(
     tl.store(y_ptr + start_m * C + offs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    n_rows: int, channels: int, padded: int, product: bool, keep: bool, eps: float, architecture: str, hardware: bool
+) -> Prepared:
+    chosen = config.of_kernel("block_mlp_forward", architecture, channels)
+    return Prepared(
+        _block_mlp_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, n_rows=n_rows, eps=eps, C=channels,
+        F_PAD=padded, HAS_PRODUCT=product, KEEP=keep, HARDWARE=hardware,
+    )  # fmt: skip
+
+
 def forward(
     addend: Tensor,
     weight_out: Tensor | None,
@@ -99,18 +112,17 @@ def forward(
     rstd: Tensor | None,
     eps: float,
 ) -> None:
-    """Fills y (N, C), normalized (N, C) and rstd (N,); all contiguous.
+    """Fills y (…, C), normalized (N, C) and rstd (N,) from x and addend (…, C); all contiguous.
 
-    addend (N, C): the attention's output, with weight_out (C, C), and then normalized and rstd may be None; or a
-    recurrence's output, with None.
+    addend: the attention's output, with weight_out (C, C), and then normalized and rstd may be None; or a recurrence's
+    output, with None. weight: 3 · F' · C numbers.
     """
-    n_rows, channels = x.shape
-    chosen = config.launch_config("block_mlp_forward", x, weight)
-    launch(
-        _block_mlp_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=x,
-        addend_ptr=addend, weight_out_ptr=weight_out, x_ptr=x, weight_ptr=weight, y_ptr=y, normalized_ptr=normalized,
-        rstd_ptr=rstd,
-        n_rows=n_rows, eps=eps,
-        C=channels, F_PAD=weight.shape[1], HAS_PRODUCT=weight_out is not None, KEEP=normalized is not None,
-        HARDWARE=hardware_sigmoid(x),
+    channels, name = x.shape[-1], runtime.architecture(x.device)
+    prepared = _forward_launch(
+        x.numel() // channels, channels, weight.numel() // (3 * channels), weight_out is not None,
+        normalized is not None, eps, name, hardware_sigmoid(name),
+    )  # fmt: skip
+    prepared(
+        x, addend_ptr=addend, weight_out_ptr=weight_out, x_ptr=x, weight_ptr=weight, y_ptr=y,
+        normalized_ptr=normalized, rstd_ptr=rstd,
     )  # fmt: skip

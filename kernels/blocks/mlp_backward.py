@@ -14,11 +14,14 @@ sums, 24 · slabs · F' / N; FLOPs 10F + 2C and 12F.
 Predicted (not measured), N 72192, float32 y, H100: C 64, F 170, 47 and 27 µs; C 128, F 341, storing, 137 µs.
 """
 
+from functools import lru_cache
+
 from torch import Tensor
 
+from fastblocks.kernels import runtime
 from fastblocks.kernels.blocks import config
 from fastblocks.kernels.blocks.mlp import hardware_sigmoid, sigmoid
-from fastblocks.kernels.launch import launch
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -132,6 +135,28 @@ def _block_mlp_grad_weight_kernel(
     tl.store(partial_ptr + 2 * F_PAD * C + offs_w, total_down, mask=mask_w)
 
 
+@lru_cache(maxsize=1024)
+def _grad_x_launch(
+    n_rows: int, channels: int, padded: int, product: bool, narrow: bool, architecture: str, hardware: bool
+) -> Prepared:
+    chosen = config.of_kernel("block_mlp_grad_x", architecture, channels)
+    return Prepared(
+        _block_mlp_grad_x_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, n_rows=n_rows, C=channels, F_PAD=padded,
+        HAS_PRODUCT=product, NARROW=narrow, HARDWARE=hardware,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _grad_weight_launch(
+    n_rows: int, channels: int, padded: int, slabs: int, stride_slab: int, architecture: str, hardware: bool
+) -> Prepared:
+    chosen = config.of_kernel("block_mlp_grad_weight", architecture, channels)
+    return Prepared(
+        _block_mlp_grad_weight_kernel, (slabs, cdiv(padded, chosen["BLOCK_F"])), chosen, n_rows=n_rows,
+        stride_slab=stride_slab, C=channels, F_PAD=padded, HARDWARE=hardware,
+    )  # fmt: skip
+
+
 def grad_x(
     grad_y: Tensor,
     normalized: Tensor,
@@ -146,29 +171,26 @@ def grad_x(
 ) -> None:
     """Fills grad_m and grad_addend (N, C), and narrow, grad_y in the products' dtype; narrow is None where grad_y has
     that dtype, and then, without weight_out, grad_addend, which is grad_m. Also grad_gate_up (N, 2F') and hidden (N,
-    F'), where both are wanted; all contiguous."""
+    F'), where both are wanted; all contiguous. weight: 3 · F' · C numbers."""
     n_rows, channels = normalized.shape
-    chosen = config.launch_config("block_mlp_grad_x", grad_y, weight)
-    launch(
-        _block_mlp_grad_x_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=normalized,
-        grad_y_ptr=grad_y, normalized_ptr=normalized, rstd_ptr=rstd, weight_ptr=weight, weight_out_ptr=weight_out,
-        grad_m_ptr=grad_m, grad_addend_ptr=grad_addend, narrow_ptr=narrow, grad_gate_up_ptr=grad_gate_up,
-        hidden_ptr=hidden,
-        n_rows=n_rows,
-        C=channels, F_PAD=weight.shape[1], HAS_PRODUCT=weight_out is not None, NARROW=narrow is not None,
-        HARDWARE=hardware_sigmoid(normalized),
+    name = runtime.architecture(normalized.device)
+    prepared = _grad_x_launch(
+        n_rows, channels, weight.numel() // (3 * channels), weight_out is not None, narrow is not None, name,
+        hardware_sigmoid(name),
+    )  # fmt: skip
+    prepared(
+        normalized, grad_y_ptr=grad_y, normalized_ptr=normalized, rstd_ptr=rstd, weight_ptr=weight,
+        weight_out_ptr=weight_out, grad_m_ptr=grad_m, grad_addend_ptr=grad_addend, narrow_ptr=narrow,
+        grad_gate_up_ptr=grad_gate_up, hidden_ptr=hidden,
     )  # fmt: skip
 
 
 def grad_weight(grad_y: Tensor, normalized: Tensor, weight: Tensor, partial: Tensor) -> None:
-    """Fills partial (slabs, 3, F', C), float32, any stride between slabs; grad_y is in the products' dtype."""
+    """Fills partial (slabs, 3F' · C), float32, any stride between slabs; grad_y is in the products' dtype."""
     n_rows, channels = normalized.shape
-    chosen = config.launch_config("block_mlp_grad_weight", grad_y, weight)
-    launch(
-        _block_mlp_grad_weight_kernel, (partial.shape[0], cdiv(weight.shape[1], chosen["BLOCK_F"])), chosen,
-        like=normalized,
-        grad_y_ptr=grad_y, normalized_ptr=normalized, weight_ptr=weight, partial_ptr=partial,
-        n_rows=n_rows,
-        stride_slab=partial.stride(0),
-        C=channels, F_PAD=weight.shape[1], HARDWARE=hardware_sigmoid(normalized),
+    name = runtime.architecture(normalized.device)
+    prepared = _grad_weight_launch(
+        n_rows, channels, weight.numel() // (3 * channels), partial.shape[0], partial.stride(0), name,
+        hardware_sigmoid(name),
     )  # fmt: skip
+    prepared(normalized, grad_y_ptr=grad_y, normalized_ptr=normalized, weight_ptr=weight, partial_ptr=partial)

@@ -16,11 +16,13 @@ Backward: G, the gradient of the packed weights, comes as partial sums, (slabs, 
 Bytes: the weights once, the packed ones once; backward: partial sums, weights and gradients once.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels.blocks import config
-from fastblocks.kernels.launch import launch
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.reduce import sum_rows
 from fastblocks.kernels.runtime import cdiv, tl, triton
@@ -127,23 +129,35 @@ def numbers(channels: int, hidden: int, attention: bool) -> int:
     return (4 * channels * channels if attention else 0) + 3 * padded(hidden) * channels
 
 
-def parts(packed: Tensor, channels: int, hidden: int, attention: bool) -> list[Tensor]:
-    """Views of packed weights, or of slabs of their gradients, (…, numbers): qkv (…, 3C, C), out (…, C, C) and MLP
-    (…, 3, F', C); without attention the last alone."""
-    lead, strides, start = packed.shape[:-1], packed.stride()[:-1], packed.storage_offset()
-    square, rows = channels * channels, padded(hidden)
+def parts(packed: Tensor, channels: int) -> list[Tensor]:
+    """Views of a block's packed weights, (numbers,): of qkv, out and MLP."""
+    square = channels * channels
+    # unsafe: the views do not know of each other, as no gradient flows through them
+    return packed.unsafe_split_with_sizes((3 * square, square, packed.numel() - 4 * square))
 
-    def part(offset: int, *size: int) -> Tensor:  # split and view would take three times as long
-        last = (rows * channels, channels, 1)[-len(size) :]
-        return packed.as_strided((*lead, *size), (*strides, *last), start + offset)
 
-    if not attention:
-        return [part(0, 3, rows, channels)]
-    return [
-        part(0, 3 * channels, channels),
-        part(3 * square, channels, channels),
-        part(4 * square, 3, rows, channels),
-    ]
+@lru_cache(maxsize=1024)
+def _pack_launch(hidden: int, channels: int, attention: bool) -> Prepared:
+    chosen, rows = config.pack(channels), max(3 * channels if attention else 0, padded(hidden))
+    return Prepared(
+        _pack_kernel, (cdiv(rows, chosen["BLOCK_R"]), cdiv(channels, chosen["BLOCK_C"])), chosen, C=channels, F=hidden,
+        F_PAD=padded(hidden), HAS_ATTENTION=attention,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _unpack_launch(
+    hidden: int, channels: int, attention: bool, slabs_qkv: int, slabs_rest: int, stride_slab: int
+) -> tuple[Prepared, int]:
+    """The launch, and its blocks of rows."""
+    chosen = config.unpack(channels, slabs_rest)
+    blocks_r = cdiv(max(3 * channels if attention else 0, hidden), chosen["BLOCK_R"])
+    prepared = Prepared(
+        _unpack_kernel, (blocks_r, cdiv(channels, chosen["BLOCK_C"])), chosen, slabs_qkv=slabs_qkv,
+        slabs_rest=slabs_rest, stride_slab=stride_slab, C=channels, F=hidden, F_PAD=padded(hidden),
+        HAS_ATTENTION=attention,
+    )  # fmt: skip
+    return prepared, blocks_r
 
 
 def pack(
@@ -157,15 +171,11 @@ def pack(
     packed: Tensor,
 ) -> None:
     """Fills `packed`, flat. All are contiguous; qkv, out and scale_attention are None for a block without attention."""
-    hidden, channels = weight_gate.shape
-    attention = weight_qkv is not None
-    chosen = config.pack(channels)
-    rows = max(3 * channels if attention else 0, padded(hidden))
-    launch(
-        _pack_kernel, (cdiv(rows, chosen["BLOCK_R"]), cdiv(channels, chosen["BLOCK_C"])), chosen, like=packed,
-        weight_qkv_ptr=weight_qkv, weight_out_ptr=weight_out, weight_gate_ptr=weight_gate, weight_up_ptr=weight_up,
-        weight_down_ptr=weight_down, scale_attention_ptr=scale_attention, scale_mlp_ptr=scale_mlp, packed_ptr=packed,
-        C=channels, F=hidden, F_PAD=padded(hidden), HAS_ATTENTION=attention,
+    prepared = _pack_launch(*weight_gate.shape, weight_qkv is not None)
+    prepared(
+        packed, weight_qkv_ptr=weight_qkv, weight_out_ptr=weight_out, weight_gate_ptr=weight_gate,
+        weight_up_ptr=weight_up, weight_down_ptr=weight_down, scale_attention_ptr=scale_attention,
+        scale_mlp_ptr=scale_mlp, packed_ptr=packed,
     )  # fmt: skip
 
 
@@ -186,19 +196,14 @@ def unpack(
     hidden, channels = weight_gate.shape
     attention = weight_qkv is not None
     parameters = (weight_qkv, weight_out, weight_gate, weight_up, weight_down, scale_attention, scale_mlp)
-    grads = [None if p is None else torch.empty(p.shape, dtype=p.dtype, device=p.device) for p in parameters]
-    chosen = config.unpack(channels, slabs_rest)
-    blocks_r = cdiv(max(3 * channels if attention else 0, hidden), chosen["BLOCK_R"])
+    grads = [None if p is None else torch.empty_like(p) for p in parameters]  # contiguous, as they are
+    prepared, blocks_r = _unpack_launch(hidden, channels, attention, slabs_qkv, slabs_rest, partial.stride(0))
     scales = 2 if attention else 1
-    grad_scales = torch.empty((blocks_r, scales * channels), dtype=torch.float32, device=partial.device)
-    launch(
-        _unpack_kernel, (blocks_r, cdiv(channels, chosen["BLOCK_C"])), chosen, like=partial,
-        partial_ptr=partial, weight_qkv_ptr=weight_qkv, weight_gate_ptr=weight_gate, weight_up_ptr=weight_up,
+    grad_scales = partial.new_empty((blocks_r, scales * channels), dtype=torch.float32)
+    prepared(
+        partial, partial_ptr=partial, weight_qkv_ptr=weight_qkv, weight_gate_ptr=weight_gate, weight_up_ptr=weight_up,
         scale_attention_ptr=scale_attention, scale_mlp_ptr=scale_mlp, grad_qkv_ptr=grads[0], grad_out_ptr=grads[1],
         grad_gate_ptr=grads[2], grad_up_ptr=grads[3], grad_down_ptr=grads[4], grad_scales_ptr=grad_scales,
-        slabs_qkv=slabs_qkv, slabs_rest=slabs_rest,
-        stride_slab=partial.stride(0),
-        C=channels, F=hidden, F_PAD=padded(hidden), HAS_ATTENTION=attention,
     )  # fmt: skip
-    sum_rows(grad_scales, grads[-scales:])
+    sum_rows(grad_scales, grads[5:] if attention else grads[6:])
     return grads

@@ -7,9 +7,10 @@ for. Products are rounded to `dtype` (autocast's, where that is on); y has the p
 
 Launches, 16 bits up to 128 channels: pack, norm and qkv, attention, output product and MLP: 4 forward. Backward up to
 64 channels: MLP by its input, MLP by its weights, output product by its weight, attention's 1 to 3, qkv by its weight,
-norm and qkv by the input, unpack and the sum of its scales: 8 to 10; up to 128 channels on sm_90 and later one more.
-Above, and for float32 also forward, the library multiplies (`steps`). Registers run the same kernels over rows of their
-own: one launch more forward (two with their output), three more backward (six).
+norm and qkv by the input, unpack and the sum of its scales: 8 to 10; up to 128 channels on sm_90 and later one less,
+because the weights of MLP and output product share a launch. Above, and for float32 also forward, the library
+multiplies (`steps`). Registers run the same kernels over rows of their own: one launch more forward (two with their
+output), three more backward (six; two and four above 64 channels).
 Kept for backward besides the arguments: x̂₁, qkv, the attention's output and x̂₂, 12 bytes an element in 16 bits, two
 rstd a row, what the attention keeps, and the packed weights. Neither x + attention nor gate and up are kept.
 """
@@ -20,7 +21,6 @@ from torch import Tensor
 from fastblocks.eager import blocks as eager
 from fastblocks.kernels.attention import operator as attention
 from fastblocks.kernels.blocks import config, pack, steps
-from fastblocks.kernels.blocks.steps import as_rows
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.rows.rms_norm import MAX_CHANNELS
 
@@ -62,45 +62,50 @@ def _outputs(
     registers, registers_out, eps_attention, eps_mlp, dtype, keep,
 ):  # fmt: skip
     batch, length, channels = x.shape
-    n_registers = 0 if registers is None else registers.shape[1]
-    tokens, all_rows = batch * length, batch * length + (0 if registers is None else registers.shape[0] * n_registers)
+    tokens = all_rows = mlp_rows = batch * length
+    qkv_shape, n_registers, register_y = (batch, length, 3 * channels), 0, None
     y_dtype = torch.promote_types(x.dtype, dtype)
-    qkv = x.new_empty((all_rows, 3 * channels), dtype=dtype)
-    qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
+    if registers is not None:
+        n_registers = registers.shape[1]
+        all_rows += registers.shape[0] * n_registers
+        qkv_shape = (all_rows, 3 * channels)
+    if registers_out:
+        mlp_rows += batch * n_registers
+        register_y = x.new_empty((batch, n_registers, channels), dtype=y_dtype)
+    qkv = x.new_empty(qkv_shape, dtype=dtype)
+    (of_tokens,), (of_registers,) = _tokens_and_registers(tokens, registers, qkv)
     attended, register_attended, lse = attention.OPERATOR.outputs(
-        qkv_tokens, rope, n_head, window, qkv_registers, registers_out, None, keep
+        *_attention(of_tokens, rope, n_head, window, of_registers, registers_out, x, registers), keep
     )
-    mlp_rows = tokens + (batch * n_registers if registers_out else 0)
     keep_mlp = keep or not config.fuses(channels, dtype)
     return (
         x.new_empty((batch, length, channels), dtype=y_dtype),
-        x.new_empty((batch, n_registers, channels), dtype=y_dtype) if registers_out else None,
+        register_y,
         x.new_empty((all_rows, channels), dtype=dtype),
-        x.new_empty((all_rows,), dtype=torch.float32),
+        x.new_empty(all_rows, dtype=torch.float32),
         qkv,
         attended,
         register_attended,
         lse,
         x.new_empty((mlp_rows, channels), dtype=dtype) if keep_mlp else None,
-        x.new_empty((mlp_rows,), dtype=torch.float32) if keep_mlp else None,
-        x.new_empty((pack.numbers(channels, weight_gate.shape[0], True),), dtype=dtype),
+        x.new_empty(mlp_rows, dtype=torch.float32) if keep_mlp else None,
+        x.new_empty(pack.numbers(channels, weight_gate.shape[0], True), dtype=dtype),
     )
 
 
-def _tokens_and_registers(rows: Tensor, x: Tensor, registers: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rows of tokens, followed by those of registers, as (B, T, …) and (B or 1, R, …)."""
+def _tokens_and_registers(tokens: int, registers: Tensor | None, *tensors: Tensor | None) -> tuple:
+    """Of each tensor the rows of tokens; and the rows of registers behind them, or None."""
     if registers is None:
-        return rows.view(x.shape[0], x.shape[1], -1), None
-    tokens = x.shape[0] * x.shape[1]
-    of_registers = rows[tokens:].view(registers.shape[0], registers.shape[1], -1)
-    return rows[:tokens].view(x.shape[0], x.shape[1], -1), of_registers
+        return tensors, (None,) * len(tensors)
+    return [t if t is None else t[:tokens] for t in tensors], [t if t is None else t[tokens:] for t in tensors]
 
 
-def _split(tensor: Tensor | None, at: int) -> tuple[Tensor | None, Tensor | None]:
-    """The first `at` rows, and the rest."""
-    if tensor is None or tensor.shape[0] == at:
-        return tensor, None
-    return tensor[:at], tensor[at:]
+def _attention(qkv, rope, n_head, window, register_qkv, registers_out, x, registers) -> tuple:
+    """The arguments of the attention's operator, but `keep`, from rows of qkv; no gate."""
+    if registers is not None:
+        qkv = qkv.view(*x.shape[:2], -1)
+        register_qkv = register_qkv.view(*registers.shape[:2], -1)
+    return qkv, rope, n_head, window, register_qkv, registers_out, None
 
 
 def _forward(
@@ -108,28 +113,25 @@ def _forward(
     window, registers, registers_out, eps_attention, eps_mlp, dtype, keep,
 ):  # fmt: skip
     y, register_y, normalized1, rstd1, qkv, attended, register_attended, lse, normalized2, rstd2, packed = outputs
-    channels, hidden = x.shape[2], weight_gate.shape[0]
+    tokens, channels = x.shape[0] * x.shape[1], x.shape[2]
     parameters = (weight_qkv, weight_out, weight_gate, weight_up, weight_down, scale_attention, scale_mlp)
-    pack.pack(*(p.contiguous() for p in parameters), packed)
-    qkv_weight, out_weight, mlp_weight = pack.parts(packed, channels, hidden, True)
+    pack.pack(*[p.contiguous() for p in parameters], packed)
+    qkv_weight, out_weight, mlp_weight = pack.parts(packed, channels)
 
-    rows = as_rows(x)
-    kept1 = [_split(t, len(rows)) for t in (qkv, normalized1, rstd1)]
-    steps.norm_linear_forward(rows, qkv_weight, *(t for t, _ in kept1), eps_attention)
+    x = x.contiguous()
+    of_tokens, of_registers = _tokens_and_registers(tokens, registers, qkv, normalized1, rstd1)
+    steps.norm_linear_forward(x, qkv_weight, *of_tokens, eps_attention)
     if registers is not None:
-        steps.norm_linear_forward(as_rows(registers), qkv_weight, *(t for _, t in kept1), eps_attention)
-    qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
+        steps.norm_linear_forward(registers.contiguous(), qkv_weight, *of_registers, eps_attention)
     attention.OPERATOR.forward(
-        (attended, register_attended, lse), qkv_tokens, rope, n_head, window, qkv_registers, registers_out, None, keep
-    )
-    kept2 = [_split(t, len(rows)) for t in (normalized2, rstd2)]
-    steps.mlp_forward(as_rows(attended), out_weight, rows, mlp_weight, as_rows(y), *(t for t, _ in kept2), eps_mlp)
+        (attended, register_attended, lse),
+        *_attention(of_tokens[0], rope, n_head, window, of_registers[0], registers_out, x, registers), keep,
+    )  # fmt: skip
+    of_tokens, of_registers = _tokens_and_registers(tokens, registers, normalized2, rstd2)
+    steps.mlp_forward(attended, out_weight, x, mlp_weight, y, *of_tokens, eps_mlp)
     if registers_out:
-        residual = as_rows(registers.expand(x.shape[0], -1, -1))
-        steps.mlp_forward(
-            as_rows(register_attended), out_weight, residual, mlp_weight, as_rows(register_y),
-            *(t for _, t in kept2), eps_mlp,
-        )  # fmt: skip
+        residual = registers.expand(x.shape[0], -1, -1).contiguous()
+        steps.mlp_forward(register_attended, out_weight, residual, mlp_weight, register_y, *of_registers, eps_mlp)
 
 
 def _backward(
@@ -139,71 +141,60 @@ def _backward(
 ):  # fmt: skip
     grad_y, grad_register_y = grads
     batch, length, channels = x.shape
-    hidden, tokens = weight_gate.shape[0], batch * length
-    needs_x, needs_registers, needs_weights = needs[0], registers is not None and needs[9], any(needs[1:8])
+    tokens, fused = batch * length, config.fuses_backward(channels, packed)
     if grad_y is None:
         grad_y = torch.zeros(x.shape, dtype=grad_register_y.dtype, device=x.device)
     with_register_y = registers_out and grad_register_y is not None
-    qkv_weight, out_weight, mlp_weight = pack.parts(packed, channels, hidden, True)
+    qkv_weight, out_weight, mlp_weight = pack.parts(packed, channels)
 
-    partial = None
-    of_tokens = steps.slabs_of(tokens, channels, packed)
-    of_registers = 0
+    slabs = slabs_rest = slabs_tokens = steps.slabs_of(tokens, channels, packed, fused)
     if registers is not None:
-        of_registers = steps.slabs_of(batch * registers.shape[1], channels, packed)
-    slabs_rest = of_tokens + (of_registers if with_register_y else 0)
-    none = (None, None, None)
-    sums = register_sums = none
-    if needs_weights:
-        partial = steps.new_partial(of_tokens + of_registers, packed, channels)
-        sums = pack.parts(partial[:of_tokens], channels, hidden, True)
-        if registers is not None:
-            register_sums = pack.parts(partial[of_tokens:], channels, hidden, True)
+        slabs += steps.slabs_of(batch * registers.shape[1], channels, packed, fused)
+        slabs_rest = slabs if with_register_y else slabs_tokens
+    partial = of_qkv = of_rest = register_of_qkv = register_of_rest = None
+    if any(needs[1:8]):
+        partial = steps.new_partial(slabs, packed, fused)
+        first = 3 * channels * channels
+        of_qkv, of_rest = partial.unsafe_split_with_sizes((first, partial.shape[1] - first), 1)
+        (of_qkv, of_rest), (register_of_qkv, register_of_rest) = _tokens_and_registers(
+            slabs_tokens, registers, of_qkv, of_rest
+        )
 
-    (normalized, register_normalized), (rstd, register_rstd) = _split(normalized2, tokens), _split(rstd2, tokens)
+    (normalized, rstd), of_registers = _tokens_and_registers(tokens, registers, normalized2, rstd2)
     grad_m, grad_attended = steps.mlp_backward_all(
-        as_rows(grad_y), as_rows(attended), normalized, rstd, mlp_weight, out_weight, sums[2], sums[1]
+        grad_y.contiguous(), attended, normalized, rstd, mlp_weight, out_weight, of_rest, fused
     )
     grad_register_m = grad_register_attended = None
     if with_register_y:
         grad_register_m, grad_register_attended = steps.mlp_backward_all(
-            as_rows(grad_register_y), as_rows(register_attended), register_normalized, register_rstd, mlp_weight,
-            out_weight, register_sums[2], register_sums[1],
+            grad_register_y.contiguous(), register_attended, *of_registers, mlp_weight, out_weight, register_of_rest,
+            fused,
         )  # fmt: skip
-        grad_register_attended = grad_register_attended.view(register_attended.shape)
 
-    qkv_tokens, qkv_registers = _tokens_and_registers(qkv, x, registers)
+    (of_tokens, normalized, rstd), (of_registers, *register_kept) = _tokens_and_registers(
+        tokens, registers, qkv, normalized1, rstd1
+    )
     grad_qkv, _, grad_register_qkv, _ = attention.OPERATOR.backward(
-        (grad_attended.view(x.shape), grad_register_attended), (True, False, registers is not None), qkv_tokens, rope,
-        n_head, window, qkv_registers, registers_out, None, attended, register_attended, lse,
+        (grad_attended, grad_register_attended), (True, False, registers is not None),
+        *_attention(of_tokens, rope, n_head, window, of_registers, registers_out, x, registers),
+        attended, register_attended, lse,
     )  # fmt: skip
 
-    (normalized, register_normalized), (rstd, register_rstd) = _split(normalized1, tokens), _split(rstd1, tokens)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else None
-    steps.norm_linear_backward(
-        as_rows(grad_qkv),
-        normalized,
-        rstd,
-        qkv_weight,
-        grad_m,
-        as_rows(grad_x) if needs_x else None,
-        sums[0],
-    )
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    steps.norm_linear_backward(grad_qkv, normalized, rstd, qkv_weight, grad_m, grad_x, of_qkv, fused)
     grad_registers = None
     if registers is not None:
-        if needs_registers:
-            grad_registers = torch.empty(registers.shape, dtype=registers.dtype, device=x.device)
+        if needs[9]:
+            grad_registers = torch.empty_like(registers, memory_format=torch.contiguous_format)
         if grad_register_m is not None and registers.shape[0] < batch:  # the same registers for the whole batch
-            by_sample = grad_register_m.view(batch, -1, channels)
-            grad_register_m = by_sample.sum(0, dtype=torch.float32)
+            grad_register_m = grad_register_m.sum(0, dtype=torch.float32)
         steps.norm_linear_backward(
-            as_rows(grad_register_qkv), register_normalized, register_rstd, qkv_weight, grad_register_m,
-            as_rows(grad_registers) if needs_registers else None, register_sums[0],
-        )  # fmt: skip
+            grad_register_qkv, *register_kept, qkv_weight, grad_register_m, grad_registers, register_of_qkv, fused
+        )
     of_weights = [None] * 7
-    if needs_weights:
+    if partial is not None:
         parameters = (weight_qkv, weight_out, weight_gate, weight_up, weight_down, scale_attention, scale_mlp)
-        of_weights = pack.unpack(partial, len(partial), slabs_rest, *(p.contiguous() for p in parameters))
+        of_weights = pack.unpack(partial, slabs, slabs_rest, *[p.contiguous() for p in parameters])
     return grad_x, *of_weights, None, grad_registers
 
 

@@ -15,12 +15,14 @@ not measured), N 72192, C 128, a float32 stream and 16-bit operands: forward 19 
 residual's gradient 37.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastblocks.eager import rows as eager
 from fastblocks.kernels import runtime
-from fastblocks.kernels.launch import launch
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.operator import Operator
 from fastblocks.kernels.reduce import sum_rows
@@ -101,6 +103,26 @@ def _rms_norm_backward_kernel(
         tl.store(partial_ptr + tl.program_id(0) * C + offs_c, tl.sum(grad_weight, axis=0), mask=mask_c)
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(n_rows: int, channels: int, eps: float, addend: bool, weight: bool, keep: bool) -> Prepared:
+    chosen = config.rms_norm(channels)
+    return Prepared(
+        _rms_norm_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, n_rows=n_rows, eps=eps, C=channels,
+        HAS_ADDEND=addend, HAS_WEIGHT=weight, KEEP_RSTD=keep,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    n_rows: int, channels: int, programs: int, normalized: bool, weight: bool, residual: bool, need_x: bool,
+    need_weight: bool,
+) -> Prepared:  # fmt: skip
+    return Prepared(
+        _rms_norm_backward_kernel, (programs,), config.rms_norm(channels), n_rows=n_rows, C=channels,
+        IS_NORMALIZED=normalized, HAS_WEIGHT=weight, HAS_RESIDUAL=residual, NEED_X=need_x, NEED_WEIGHT=need_weight,
+    )  # fmt: skip
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -110,15 +132,13 @@ def forward(
     addend: Tensor | None = None,
     total: Tensor | None = None,
 ) -> None:
-    """Fill out, rstd (unless None) and, with an addend, total; all contiguous, as the module says."""
-    n_rows, channels = x.shape
-    chosen = config.rms_norm(channels)
-    launch(
-        _rms_norm_forward_kernel, (cdiv(n_rows, chosen["BLOCK_M"]),), chosen, like=x,
-        x_ptr=x, addend_ptr=addend, total_ptr=total, weight_ptr=weight, out_ptr=out, rstd_ptr=rstd,
-        n_rows=n_rows, eps=eps,
-        C=channels, HAS_ADDEND=addend is not None, HAS_WEIGHT=weight is not None, KEEP_RSTD=rstd is not None,
-    )  # fmt: skip
+    """Fill out, rstd (unless None) and, with an addend, total, all of x's shape (…, C) and contiguous, as the module
+    says."""
+    channels = x.shape[-1]
+    prepared = _forward_launch(
+        x.numel() // channels, channels, eps, addend is not None, weight is not None, rstd is not None
+    )
+    prepared(x, x_ptr=x, addend_ptr=addend, total_ptr=total, weight_ptr=weight, out_ptr=out, rstd_ptr=rstd)
 
 
 def backward(
@@ -132,26 +152,26 @@ def backward(
     grad_residual: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Fill grad_x and grad_weight, those that are not None; all contiguous, as the module says.
+    """Fill grad_x and grad_weight, those that are not None; others (…, C); all contiguous, as the module says.
 
     Args:
         kept: x̂ if `kept_is_normalized`, else x (or total).
         grad_x: may be grad_residual, grad_out or kept itself, in place.
         grad_residual: gradient that reaches x past the norm; it is added to grad_x.
     """
-    n_rows, channels = grad_out.shape
-    chosen = config.rms_norm(channels)
-    programs, partial = cdiv(n_rows, chosen["BLOCK_M"]), None
+    channels = grad_out.shape[-1]
+    n_rows = grad_out.numel() // channels
+    programs, partial = cdiv(n_rows, config.rms_norm(channels)["BLOCK_M"]), None
     if grad_weight is not None:
         programs = min(programs, config.PROGRAMS_PER_SM * runtime.sm_count(grad_out.device))
-        partial = torch.empty((programs, channels), dtype=torch.float32, device=grad_out.device)
-    launch(
-        _rms_norm_backward_kernel, (programs,), chosen, like=grad_out,
-        grad_out_ptr=grad_out, kept_ptr=kept, rstd_ptr=rstd, weight_ptr=weight, grad_residual_ptr=grad_residual,
-        grad_x_ptr=grad_x, partial_ptr=partial,
-        n_rows=n_rows,
-        C=channels, IS_NORMALIZED=kept_is_normalized, HAS_WEIGHT=weight is not None,
-        HAS_RESIDUAL=grad_residual is not None, NEED_X=grad_x is not None, NEED_WEIGHT=grad_weight is not None,
+        partial = grad_out.new_empty((programs, channels), dtype=torch.float32)
+    prepared = _backward_launch(
+        n_rows, channels, programs, kept_is_normalized, weight is not None, grad_residual is not None,
+        grad_x is not None, grad_weight is not None,
+    )  # fmt: skip
+    prepared(
+        grad_out, grad_out_ptr=grad_out, kept_ptr=kept, rstd_ptr=rstd, weight_ptr=weight,
+        grad_residual_ptr=grad_residual, grad_x_ptr=grad_x, partial_ptr=partial,
     )  # fmt: skip
     if partial is not None:
         sum_rows(partial, [grad_weight])
@@ -171,10 +191,6 @@ def unsupported_reason(x: Tensor, scale: Tensor, eps: float) -> str:
     return ""
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.contiguous().view(-1, x.shape[-1])
-
-
 def _outputs(x, scale, eps, keep):
     y = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, scale.dtype))
     return y, x.new_empty(x.shape[:-1], dtype=torch.float32) if keep else None
@@ -182,21 +198,16 @@ def _outputs(x, scale, eps, keep):
 
 def _forward(outputs, x, scale, eps, keep):
     y, rstd = outputs
-    forward(_rows(x), scale.contiguous(), eps, y.view(-1, x.shape[-1]), rstd)
+    forward(x.contiguous(), scale.contiguous(), eps, y, rstd)
 
 
 def _backward(grads, needs, x, scale, eps, rstd):
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else None
-    grad_scale = torch.empty(scale.shape, dtype=scale.dtype, device=x.device) if needs[1] else None
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    grad_scale = torch.empty_like(scale, memory_format=torch.contiguous_format) if needs[1] else None
     backward(
-        _rows(grads[0]),
-        _rows(x),
-        rstd,
-        scale.contiguous(),
-        None if grad_x is None else grad_x.view(-1, x.shape[-1]),
-        kept_is_normalized=False,
-        grad_weight=grad_scale,
-    )
+        grads[0].contiguous(), x.contiguous(), rstd, scale.contiguous(), grad_x,
+        kept_is_normalized=False, grad_weight=grad_scale,
+    )  # fmt: skip
     return grad_x, grad_scale
 
 

@@ -336,9 +336,10 @@ def test_a_sum_normalized_and_its_gradient(name, dtype):
 
 @pytest.fixture
 def without_inline_sigmoid(monkeypatch):
+    from fastblocks.kernels import runtime
     from fastblocks.kernels.blocks import mlp
 
-    assert mlp.hardware_sigmoid(torch.empty(0, device="cuda"))
+    assert mlp.hardware_sigmoid(runtime.architecture(torch.device("cuda")))
     monkeypatch.setattr(mlp, "HARDWARE_SIGMOID", False)
 
 

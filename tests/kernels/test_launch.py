@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import fastblocks.kernels
 from fastblocks.kernels import launch as launching
-from fastblocks.kernels.launch import config, launch, recording
+from fastblocks.kernels.launch import Prepared, config, launch, recording
 from fastblocks.kernels.runtime import tl, triton
 
 SOURCES = sorted(Path(fastblocks.kernels.__path__[0]).rglob("*.py"))
@@ -64,8 +64,9 @@ def current(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.device)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launching, "_held", {})
-    monkeypatch.setattr(launching, "_binders", {})
+    monkeypatch.setattr(launching.runtime, "INTERPRETED", False)
+    for name in ("_held", "_binders", "_makers"):
+        monkeypatch.setattr(launching, name, {})
     return state
 
 
@@ -123,6 +124,52 @@ def test_what_is_not_compiled_yet_is_not_held(current):
     assert len(kernel.plain) == 2 and not kernel.compiled
 
 
+NUMBERS = {"n": 7, "stride": 48, "batch": 5, "eps": 1e-5, "FLAG": True}
+
+
+def test_a_prepared_launch_launches_the_same(current):
+    """Once with the compiler, then without, with what `launch` gives; and what launch holds is not compiled again."""
+    kernel, x = Kernel(), on_gpu()
+    prepared = Prepared(kernel, (3,), CONFIG, **NUMBERS)
+    for _ in range(3):
+        prepared(x, x_ptr=x, y_ptr=None)
+    call(kernel, x_ptr=x, y_ptr=None)
+    Prepared(kernel, (4,), CONFIG, **NUMBERS | {"n": 9})(x, x_ptr=x, y_ptr=None)
+    assert len(kernel.plain) == 1 and kernel.plain[0][1] == {"x_ptr": x, "y_ptr": None, **NUMBERS, **CONFIG.keywords()}
+    values = [(grid[:3], arguments) for grid, arguments in kernel.compiled]
+    right = (x, None, *NUMBERS.values(), 64)
+    assert values == [((3, 1, 1), right)] * 3 + [((4, 1, 1), (x, None, 9, *right[3:]))]
+
+
+PREPARED_CHANGES = {name: CHANGES[name] for name in ("no pointer", "alignment", "dtype", "device")}
+
+
+@pytest.mark.parametrize("changes", PREPARED_CHANGES.values(), ids=PREPARED_CHANGES)
+def test_a_prepared_launch_tells_tensors_apart(current, changes):
+    kernel, x = Kernel(), on_gpu()
+    prepared = Prepared(kernel, (3,), CONFIG, **NUMBERS)
+    others = {"like": x, "x_ptr": x, "y_ptr": x} | changes
+    for like in (x, x):
+        prepared(like, x_ptr=x, y_ptr=x)
+    for _ in range(2):
+        prepared(**others)
+    assert len(kernel.plain) == 2 and len(kernel.compiled) == 2
+    assert current.entered == (["cuda:1"] * 2 if "like" in changes else []) and current.device == 0
+
+
+def test_a_prepared_launch_is_seen_by_who_stands_in_and_by_recording(current):
+    kernel, x = Kernel(), on_gpu()
+    prepared = Prepared(kernel, (3,), CONFIG, **NUMBERS)
+    prepared(x, x_ptr=x, y_ptr=x)
+    kernel.pre_run_hooks.append(lambda *a, **k: None)
+    prepared(x, x_ptr=x, y_ptr=x)
+    assert len(kernel.plain) == 2 and not kernel.compiled
+    meta = torch.empty(64, device="meta")
+    with recording("sm_90") as cases:
+        prepared(meta, x_ptr=meta, y_ptr=None)
+    assert len(kernel.plain) == 2 and cases[0].constants == {"y_ptr": None, "FLAG": True, "BLOCK": 64}
+
+
 def test_launches_go_to_the_tensors_device(current):
     kernel = Kernel()
     call(kernel, like=on_gpu(1))
@@ -169,10 +216,10 @@ def test_calls_that_share_a_compiled_kernel_are_specialised_alike(first, second)
     kernel = Kernel()
     backend = make_backend(GPUTarget("cuda", 90, 32))
     specialise = triton.runtime.jit.create_function_from_signature(kernel.signature, kernel.params, backend)
-    bind = launching._make_binder(kernel, first, config(4))
-    if bind(**first)[0] == bind(**second)[0]:
+    bind = launching._binder(kernel, first)
+    if bind(0, **first)[0] == bind(0, **second)[0]:
         assert specialise(**first)[1] == specialise(**second)[1]
-    assert list(bind(**first)[1]) == [first[name] for name in kernel.arg_names]
+    assert list(bind(0, **first)[1]) == [first[name] for name in kernel.arg_names]
 
 
 def test_recording_notes_what_would_be_compiled():
@@ -196,3 +243,5 @@ def test_every_kernel_is_launched_by_launch(path):
             assert not name.endswith("_kernel"), f"{path.name}:{node.lineno} launches {name} by itself"
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "launch":
             assert len(node.args) == 3 and any(k.arg == "like" for k in node.keywords), f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Prepared", "prepared"):
+            assert len(node.args) == {"Prepared": 3, "prepared": 1}[node.func.id], f"{path.name}:{node.lineno}"
