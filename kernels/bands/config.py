@@ -27,6 +27,11 @@ def to_bins(features: int) -> LaunchConfig:
 
 
 @cache
+def pack_weight(block_l: int, block_n: int) -> LaunchConfig:
+    return config(4, BLOCK_L=block_l, BLOCK_R=min(32, block_n))
+
+
+@cache
 def grad_weight(features: int) -> LaunchConfig:
     return config(4, 2, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
 
@@ -45,10 +50,13 @@ def slabs(n_rows: int, tiles: int, like: Tensor) -> int:
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and runtime.allows_tf32() else "ieee"
+
+
 def product(dtype: torch.dtype) -> dict:
-    """How a product in `dtype` is multiplied, as arguments of a kernel."""
-    tf32 = dtype == torch.float32 and runtime.allows_tf32()
-    return {"DTYPE": OPERANDS[dtype], "PRECISION": "tf32" if tf32 else "ieee"}
+    """How operands are rounded to `dtype` and multiplied, as arguments of a kernel."""
+    return {"DTYPE": OPERANDS[dtype], "PRECISION": precision(dtype)}
 
 
 def unsupported_reason(x: Tensor, *others: Tensor) -> str:

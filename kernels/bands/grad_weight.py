@@ -116,8 +116,9 @@ def _sum_slabs_kernel(
 
 
 def grad_weight(
-    spectrum: Tensor, window: Tensor | None, bands: Tensor, grad_weight: Tensor, grad_bias: Tensor, plan: Plan, product
-) -> None:
+    spectrum: Tensor, window: Tensor | None, bands: Tensor, grad_weight: Tensor, grad_bias: Tensor, plan: Plan,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Fills grad_weight (K, lanes, N) by strides, and grad_bias: contiguous (K, N) after a split, (K, lanes) after an
     unsplit, which has a window."""
     batch, features, length, n_bands = bands.shape
@@ -135,7 +136,7 @@ def grad_weight(
         _grad_weight_kernel, (tiles, slabs, blocks_n), chosen, like=spectrum,
         **of_spectrum(spectrum), **of_bands(bands), **shared,
         window_ptr=window, tiles_ptr=plan.tiles,
-        n_rows=n_rows, **product,
+        n_rows=n_rows, **config.product(dtype),
     )  # fmt: skip
     chosen = config.sum_slabs(features)
     launch(

@@ -24,7 +24,7 @@ MOST_BANDS = 8
 class Plan(NamedTuple):
     """bands (K, 4): first bin, number of lanes, first row of the partial sums, 0.
     blocks (J, 4): first step, one past the last, first lane, one past the last; they cover all lanes in order.
-    steps (S, 4): band, its first lane, one past its last, 0; a block's bands in ascending order.
+    steps (S, 4): band, its first lane, one past its last, block; a block's bands in ascending order.
     tiles (P, 4): band, first lane within it, 0, 0; at least one for every band.
     lanes: of all bands together.
     """
@@ -62,7 +62,7 @@ def _tables(ranges: tuple[int, ...], bins: int, channels: int, block_lanes: int,
         left = sorted(start for _, start, end in spans if end > first)
         later = [start for start in left[MOST_BANDS:] if start > first]
         last = min([first + block_lanes, bins * channels, *later[:1]])
-        found = [(k, start, end, 0) for k, start, end in spans if start < last and end > first]
+        found = [(k, start, end, len(blocks)) for k, start, end in spans if start < last and end > first]
         blocks.append((len(steps), len(steps) + len(found), first, last))
         steps += found
         first = last

@@ -38,7 +38,7 @@ def _outputs(x, weight, bias, ranges, dtype, keep):
 
 def _forward(outputs, x, weight, bias, ranges, dtype, keep):
     plan = plan_of(x, weight.shape[2], ranges)
-    to_bands(x, None, weight, bias.contiguous(), outputs[0], plan, config.product(dtype))
+    to_bands(x, None, weight, bias.contiguous(), outputs[0], plan, dtype)
 
 
 def _gradients(needs, x, weight, bias, ranges, dtype):
@@ -49,14 +49,14 @@ def _gradients(needs, x, weight, bias, ranges, dtype):
 
 def _backward(grads, needs, x, weight, bias, ranges, dtype):
     grad_y = with_adjacent_features(grads[0])
-    plan, product = plan_of(x, weight.shape[2], ranges), config.product(dtype)
+    plan = plan_of(x, weight.shape[2], ranges)
     needs_weight = needs[1] or needs[2]
     wanted = needs[0], needs_weight, needs_weight
     grad_x, grad_w, grad_bias = _gradients(wanted, x, weight, bias, ranges, dtype)
     if grad_x is not None:
-        to_bins(grad_y, weight.mT, None, None, grad_x, plan, product)
+        to_bins(grad_y, weight.mT, None, None, grad_x, plan, dtype)
     if needs_weight:
-        grad_weight(x, None, grad_y, grad_w, grad_bias, plan, product)
+        grad_weight(x, None, grad_y, grad_w, grad_bias, plan, dtype)
     return grad_x, grad_w, grad_bias
 
 

@@ -9,6 +9,7 @@ over the band's lanes: nothing is padded or gathered in memory, and lanes past a
 Bytes: the spectrum once, a second time from L2 where bands overlap; bands once. FLOPs 2 · B · T · lanes · N.
 """
 
+import torch
 from torch import Tensor
 
 from fastblocks.kernels.bands import config
@@ -62,11 +63,12 @@ def _to_bands_kernel(
 
 
 def to_bands(
-    spectrum: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None, bands: Tensor, plan: Plan, product
-) -> None:
+    spectrum: Tensor, window: Tensor | None, weight: Tensor, bias: Tensor | None, bands: Tensor, plan: Plan,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
     """Fills bands (B, N, T, K), N adjacent.
 
-    weight: (K, lanes, N) by strides. window (F,) and bias (K, N) contiguous. product: `config.product`'s answer.
+    weight: (K, lanes, N) by strides. window (F,) and bias (K, N) contiguous. dtype: of the product's operands.
     """
     batch, features, length, n_bands = bands.shape
     chosen = config.to_bands(features)
@@ -77,5 +79,5 @@ def to_bands(
         **of_spectrum(spectrum), **of_bands(bands),
         window_ptr=window, weight_ptr=weight, bias_ptr=bias, table_ptr=plan.bands,
         n_rows=n_rows, K=n_bands, **strides("weight", weight, "kln"),
-        N=features, **product,
+        N=features, **config.product(dtype),
     )  # fmt: skip

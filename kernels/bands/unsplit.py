@@ -43,7 +43,7 @@ def _outputs(x, weight, bias, ola_window, ranges, channels, dtype, keep):
 def _forward(outputs, x, weight, bias, ola_window, ranges, channels, dtype, keep):
     (y,) = outputs
     plan, window = plan_of(y, x.shape[1], ranges), ola_window.contiguous()
-    to_bins(with_adjacent_features(x), weight, bias.contiguous(), window, y, plan, config.product(dtype))
+    to_bins(with_adjacent_features(x), weight, bias.contiguous(), window, y, plan, dtype)
 
 
 def _gradients(needs, x, weight, bias, ola_window, ranges, channels, dtype):
@@ -55,15 +55,15 @@ def _gradients(needs, x, weight, bias, ola_window, ranges, channels, dtype):
 
 def _backward(grads, needs, x, weight, bias, ola_window, ranges, channels, dtype):
     (grad_y,) = grads
-    window, product = ola_window.contiguous(), config.product(dtype)
+    window = ola_window.contiguous()
     plan = plan_of(grad_y, x.shape[1], ranges)
     needs_weight = needs[1] or needs[2]
     wanted = needs[0], needs_weight, needs_weight, False
     grad_x, grad_w, grad_bias, _ = _gradients(wanted, x, weight, bias, ola_window, ranges, channels, dtype)
     if grad_x is not None:
-        to_bands(grad_y, window, weight.mT, None, grad_x, plan, product)
+        to_bands(grad_y, window, weight.mT, None, grad_x, plan, dtype)
     if needs_weight:
-        grad_weight(grad_y, window, with_adjacent_features(x), grad_w.mT, grad_bias, plan, product)
+        grad_weight(grad_y, window, with_adjacent_features(x), grad_w.mT, grad_bias, plan, dtype)
     return grad_x, grad_w, grad_bias, None
 
 
