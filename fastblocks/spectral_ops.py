@@ -234,11 +234,13 @@ class Band(nn.Module):
         self.F, self._width = bins, width
 
     def split(self, x: Tensor) -> Tensor:
-        """(B, F, T, in_channels) -> (B, out_channels, T, K).
+        """(B, F, T, in_channels), or with two channels complex (B, F, T) -> (B, out_channels, T, K).
 
         Raises:
             ValueError: if x has another shape.
         """
+        if x.is_complex() and x.dim() == 3:
+            x = torch.view_as_real(x.resolve_conj())
         if x.dim() != 4 or x.shape[1] != self.F or x.shape[3] != self.in_channels:
             raise ValueError(f"split needs x of shape (B, {self.F}, T, {self.in_channels}), got {tuple(x.shape)}")
         if may_fuse("band_split", self, pre_bandnet=BandLinear):

@@ -42,6 +42,10 @@ BLOCKS = {  # B, T, C, heads, registers
     "C 96": (16, 70, 96, 3, 3),
     "C 512": (4, 282, 512, 8, 4),
 }
+BANDS = {
+    "band": (4, 282, 2048, 64, 128),
+    "band O 32": (4, 282, 2048, 64, 32),
+}  # B, frames, n_fft, K, channels of a band
 ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
@@ -152,6 +156,47 @@ def swiglu_mlp() -> Iterator[tuple[str, Arguments]]:
         yield f"rows-mlp-{name} {element}", _swiglu_mlp(dtype, n, c, int(8 * c / 3), c)
 
 
+def band_split() -> Iterator[tuple[str, Arguments]]:
+    yield from _bands(_split)
+
+
+def band_unsplit() -> Iterator[tuple[str, Arguments]]:
+    yield from _bands(_unsplit)
+
+
+def _bands(make: Callable) -> Iterator[tuple[str, Arguments]]:
+    """Mel bands of a view of a complex STFT; under autocast everything outside of the products is float32."""
+    from fastblocks.spectral_ops import covered_bins, mel_filterbank
+
+    for name, (batch, frames, n_fft, count, features) in BANDS.items():
+        ranges = covered_bins(mel_filterbank(48000, n_fft, count))
+        for label, stored, dtype in (
+            ("autocast", torch.float32, torch.bfloat16), ("bf16", torch.bfloat16, torch.bfloat16),
+            ("fp32", torch.float32, torch.float32),
+        ):  # fmt: skip
+            yield f"{name} {label}", make(batch, n_fft // 2 + 1, frames, 2, features, ranges, stored, dtype, True)
+
+
+def _split(
+    batch: int, bins: int, frames: int, channels: int, features: int, ranges: list, stored, dtype, adjacent: bool
+) -> Arguments:
+    lanes = channels * max(1, *(end - start for start, end in ranges))
+    x = empty(batch, frames, bins, channels, dtype=stored).transpose(1, 2)
+    x = x if adjacent else torch.empty_like(x, memory_format=torch.contiguous_format)
+    weight, bias = empty(len(ranges), lanes, features, dtype=stored), empty(len(ranges), features, dtype=stored)
+    return x, weight, bias, [n for pair in ranges for n in pair], dtype
+
+
+def _unsplit(
+    batch: int, bins: int, frames: int, channels: int, features: int, ranges: list, stored, dtype, adjacent: bool
+) -> Arguments:
+    lanes = channels * max(1, *(end - start for start, end in ranges))
+    x = empty(batch, frames, len(ranges), features, dtype=stored).permute(0, 3, 1, 2)
+    weight, bias = empty(len(ranges), features, lanes, dtype=stored), empty(len(ranges), lanes, dtype=stored)
+    window = empty(bins, dtype=stored)
+    return x, weight, bias, window, [n for pair in ranges for n in pair], channels, dtype
+
+
 def roformer_block() -> Iterator[tuple[str, Arguments]]:
     for name, (batch, tokens, channels, heads, registers) in BLOCKS.items():
         for label, stream, dtype in (
@@ -187,7 +232,8 @@ def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dty
     return empty(batch, tokens, channels, dtype=stream), *weights
 
 
-PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block")  # operators whose kernels make float32 products
+# operators whose kernels make float32 products
+PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block", "band_split", "band_unsplit")
 
 
 def weights_of_discriminators() -> dict[str, list[tuple[int, ...]]]:
@@ -329,6 +375,26 @@ def odd_rnn_block(draw: random.Random, dtype: torch.dtype) -> tuple[str, Argumen
     return f"block C {channels} groups {groups}", (*arguments, 1e-6, 1e-6, dtype)
 
 
+def odd_band_split(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    return _odd_bands(draw, dtype, _split)
+
+
+def odd_band_unsplit(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    return _odd_bands(draw, dtype, _unsplit)
+
+
+def _odd_bands(draw: random.Random, dtype: torch.dtype, make: Callable) -> tuple[str, Arguments]:
+    bins, count, channels = draw.randint(1, 1100), draw.randint(1, 40), draw.randint(1, 4)
+    ranges = []
+    for _ in range(count):  # in no order, some without a bin, some with hundreds
+        start = draw.randint(0, bins)
+        ranges.append((start, min(bins, start + draw.choice((0, 1, draw.randint(1, 400))))))
+    frames, features = draw.randint(1, 300), draw.randint(1, draw.choice((32, 128, 300)))
+    stored, adjacent = draw.choice((dtype, torch.float32)), draw.random() < 0.5
+    label = f"{count} bands of {bins} × {channels} -> {features} frames {frames}{'' if adjacent else ' apart'}"
+    return label, make(2, bins, frames, channels, features, ranges, stored, dtype, adjacent)
+
+
 OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard workloads, what draws one at random
     "rope_attention": (attention, odd_attention),
     "grouped_rnn": (recurrent, odd_recurrent),
@@ -341,6 +407,8 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard 
     "rnn_block": (rnn_block, odd_rnn_block),
     "spectral_norm": (spectral_norm, odd_spectral_norm),
     "weight_norm": (weight_norm, odd_weight_norm),
+    "band_split": (band_split, odd_band_split),
+    "band_unsplit": (band_unsplit, odd_band_unsplit),
 }
 
 

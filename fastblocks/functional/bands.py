@@ -1,7 +1,9 @@
 """One Linear per band over overlapping ranges of frequency bins: from a spectrum to bands, and back."""
 
 from collections.abc import Sequence
+from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from fastblocks.eager import bands as eager
@@ -19,7 +21,8 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
     Source: Luo and Yu, "Music Source Separation with Band-Split RNN", 2023.
 
     Args:
-        x: (B, F, T, I), a spectrum with I channels per bin.
+        x: (B, F, T, I), a spectrum with I channels per bin; or complex (B, F, T), as `torch.stft` gives it: its real
+            and imaginary parts are I = 2 channels. Any strides; nothing is copied.
         weight: (K, W·I, O), W at least the width of the widest band.
         bias: (K, O).
         ranges: of each of the K bands the bins [start, end).
@@ -30,7 +33,9 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
     Raises:
         ValueError: if shapes do not fit, or a range is not within the bins.
     """
-    require(x.dim() == 4, lambda: f"band_split: x must be (B, F, T, I), got {shape(x)}")
+    if x.is_complex() and x.dim() == 3:
+        x = torch.view_as_real(x.resolve_conj())
+    require(x.dim() == 4, lambda: f"band_split: x must be (B, F, T, I) or complex (B, F, T), got {shape(x)}")
     _check_bands("band_split", weight, bias, ranges, bins=x.shape[1])
     width = _width(ranges)
     require(
@@ -41,7 +46,13 @@ def band_split(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges) -> Tenso
         ),
     )
     require_floating("band_split", x=x, weight=weight, bias=bias)
-    return run("band_split", None, eager.band_split, x, weight, bias, ranges)
+
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.bands import split
+
+        return split
+
+    return run("band_split", kernels, eager.band_split, x, weight, bias, ranges)
 
 
 def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_window: Tensor) -> Tensor:
@@ -73,7 +84,13 @@ def band_unsplit(x: Tensor, weight: Tensor, bias: Tensor, ranges: Ranges, ola_wi
         ),
     )
     require_floating("band_unsplit", x=x, weight=weight, bias=bias)
-    return run("band_unsplit", None, eager.band_unsplit, x, weight, bias, ranges, ola_window)
+
+    def kernels() -> ModuleType:
+        from fastblocks.kernels.bands import unsplit
+
+        return unsplit
+
+    return run("band_unsplit", kernels, eager.band_unsplit, x, weight, bias, ranges, ola_window)
 
 
 def _width(ranges: Ranges) -> int:

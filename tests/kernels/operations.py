@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastblocks import functional
-from tests.reference import attention, blocks, convnext, recurrent, rows
+from tests.reference import attention, blocks, convnext, recurrent, rows, spectral
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,40 @@ def _rnn_block(gates: int, dtype: torch.dtype) -> Operation:
     )  # fmt: skip
 
 
+def _bands(dtype: torch.dtype = torch.float32, unsplit: bool = False) -> Operation:
+    """x: frames of adjacent bins, as a view of an STFT, or of adjacent bands."""
+    batch, length, bins, channels, features = 2, 5, 6, 2, 4
+    ranges = [(0, 2), (1, 4), (3, 6)]
+    filters = torch.zeros(len(ranges), bins)
+    for row, (start, end) in zip(filters, ranges, strict=True):
+        row[start:end] = 1
+    window, lanes = filters.sum(0), 3 * channels
+    weight = (len(ranges), features, lanes) if unsplit else (len(ranges), lanes, features)
+    sizes = {"x": (batch, length, bins * channels), "weight": weight, "bias": (weight[0], weight[2])}
+
+    def into_bins(y):
+        return y.transpose(1, 2).flatten(2)
+
+    def into_bands(y):
+        return y.permute(0, 2, 3, 1).flatten(2)
+
+    def run(x, weight, bias):
+        if unsplit:
+            x = x.unflatten(2, (len(ranges), features)).permute(0, 3, 1, 2)
+            return into_bins(functional.band_unsplit(x, weight, bias, ranges, window.to(x)))
+        return into_bands(functional.band_split(x.unflatten(2, (bins, channels)).transpose(1, 2), weight, bias, ranges))
+
+    def exact(x, weight, bias):
+        net = "post_bandnet" if unsplit else "pre_bandnet"
+        state = {"filterbanks": filters, "ola_window": window.to(x), f"{net}.weight": weight, f"{net}.bias": bias}
+        if unsplit:
+            x = x.unflatten(2, (len(ranges), features)).permute(0, 3, 1, 2)
+            return into_bins(spectral.band_unsplit(state, x, channels))
+        return into_bands(spectral.band_split(state, x.unflatten(2, (bins, channels)).transpose(1, 2)))
+
+    return Operation(sizes, run, exact, dtype)
+
+
 OPERATIONS = {
     "attention, short": _attention(9, -1),
     "attention, short, window": _attention(9, 4),
@@ -154,6 +188,9 @@ OPERATIONS = {
     "gru, biases": _recurrent(3, 4, True),
     "lstm": _recurrent(4, 4, False),
     "lstm, biases": _recurrent(4, 4, True),
+    "band_split": _bands(),
+    "band_split, float16": _bands(torch.float16),
+    "band_unsplit": _bands(unsplit=True),
     "depthwise": _depthwise((7,)),
     "depthwise, 2-D": _depthwise((4, 3)),
     "mlp": _mlp(),

@@ -96,7 +96,22 @@ def rnn(dtype, gates, layers, stream=None):
     return "rnn_block", make
 
 
-CONSTANTS = {"rope_attention": (1,), "roformer_block": (8,)}  # by operator: tensors that take no gradient
+def bands(name, dtype, stored=None):
+    def make():
+        ranges, features = [0, 3, 2, 9, 5, 5, 4, 8], 6
+        weight, bias, x = (4, 14, features), (4, features), (2, 9, 5, 2)
+        if name == "band_unsplit":
+            weight, bias, x = (4, features, 14), (4, 14), (2, features, 5, 4)
+        x, weight, bias = (torch.randn(size).to(stored or dtype) for size in (x, weight, bias))
+        if name == "band_split":
+            return x, weight, bias, ranges, dtype
+        return x, weight, bias, torch.linspace(1, 2, 9).to(stored or dtype), ranges, 2, dtype
+
+    return name, make
+
+
+# by operator: tensors that take no gradient
+CONSTANTS = {"rope_attention": (1,), "roformer_block": (8,), "band_unsplit": (3,)}
 WITH_X = {"rope_attention": (4, 6), "roformer_block": (11,)}  # by operator: what has the dtype of x
 
 CASES = {
@@ -128,6 +143,10 @@ CASES = {
     "RNN block, fused": rnn(torch.float16, 4, 1, stream=torch.float32),
     "RoFormer block, float32": roformer(torch.float32),
     "RoFormer block, fused": roformer(torch.bfloat16, 2, True, stream=torch.float32, window=3),
+    "split": bands("band_split", torch.float32),
+    "split, autocast": bands("band_split", torch.bfloat16, stored=torch.float32),
+    "unsplit": bands("band_unsplit", torch.float32),
+    "unsplit, float16": bands("band_unsplit", torch.float16),
     "SwiGLU MLP, bfloat16": rows("swiglu_mlp", (11, 8), (32, 8), (32, 8), (8, 32), dtype=torch.bfloat16),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -303,6 +322,10 @@ def large(name):
             empty(b, 5, 8), empty(32, 8), empty(32), empty(8, 32), empty(8), empty(b, 8, 5), torch.float32,
         ),
         "rms_norm": lambda b: (empty(1000 * b, 8), empty(8), 1e-6),
+        "band_split": lambda b: (empty(b, 9, 70, 2), empty(2, 14, 8), empty(2, 8), [0, 3, 2, 9], torch.float32),
+        "band_unsplit": lambda b: (
+            empty(b, 8, 70, 2), empty(2, 8, 14), empty(2, 14), empty(9), [0, 3, 2, 9], 2, torch.float32,
+        ),
         "swiglu": lambda b: (empty(1000 * b, 8), empty(1000 * b, 8)),
         "rnn_block": lambda b: (
             empty(b, 40, 16), empty(1, 1, 2, 24, 8), empty(1, 1, 2, 24, 8), empty(21, 16), empty(21, 16),

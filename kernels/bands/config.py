@@ -1,0 +1,73 @@
+"""Launch configurations of the band kernels: tile sizes, warps and stages, and why.
+
+Nothing was timed yet: the choices are predictions from the machine code, checked against the compiler's report of
+registers per thread and spills.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastblocks.kernels import runtime
+from fastblocks.kernels.launch import LaunchConfig, config
+from fastblocks.kernels.runtime import cdiv, power_of_two, tl
+
+PROGRAMS_PER_SM = 3  # that share the rows of the weights' gradients
+
+
+@cache
+def to_bands(features: int) -> LaunchConfig:
+    return config(4, 2, BLOCK_M=64, BLOCK_L=32, BLOCK_N=min(128, max(16, power_of_two(features))))
+
+
+@cache
+def to_bins(features: int) -> LaunchConfig:
+    return config(4, 2, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
+
+
+@cache
+def pack_weight(block_l: int, block_n: int) -> LaunchConfig:
+    return config(4, BLOCK_L=block_l, BLOCK_R=min(32, block_n))
+
+
+@cache
+def grad_weight(features: int) -> LaunchConfig:
+    return config(4, 2, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
+
+
+@cache
+def sum_slabs(features: int) -> LaunchConfig:
+    return config(4, BLOCK_L=16, BLOCK_N=min(128, max(16, power_of_two(features))))
+
+
+def slabs(n_rows: int, tiles: int, like: Tensor) -> int:
+    """How many slabs share the rows of the weights' gradients: as many programs as are resident together."""
+    wanted = PROGRAMS_PER_SM * runtime.sm_count(like.device) // tiles
+    return max(1, min(wanted, cdiv(n_rows, 128)))
+
+
+OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float32 and runtime.allows_tf32() else "ieee"
+
+
+def product(dtype: torch.dtype) -> dict:
+    """How operands are rounded to `dtype` and multiplied, as arguments of a kernel."""
+    return {"DTYPE": OPERANDS[dtype], "PRECISION": precision(dtype)}
+
+
+def unsupported_reason(x: Tensor, *others: Tensor) -> str:
+    """Why the kernels do not take x with these weights; an empty string if they do."""
+    for tensor in others:
+        if tensor.dtype not in OPERANDS:
+            return f"no kernel for weights in {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.device != x.device:
+            return f"weights on {tensor.device}, input on {x.device}"
+        if tensor.numel() == 0:
+            return "the weights are empty"
+    if not torch.is_autocast_enabled(x.device.type) and any(tensor.dtype != x.dtype for tensor in others):
+        return "x and the weights have different dtypes"
+    return ""
