@@ -3,7 +3,9 @@
 What autograd saves is counted by storage, without parameters, buffers and inputs: of the original formulas on this CPU
 under autocast to bfloat16, of the same as torch.compile partitions them, and of this package as on a GPU (kernels are
 not launched, so values are not computed). A library's kernels on a GPU may keep other tensors than those on a CPU. It
-is not the peak: inputs of operations that are still running are not in it.
+is not the peak: neither inputs of operations that are still running are in it, nor what a backward pass allocates for
+itself. A block's MLP, where it stores its hidden units' gradients or the library multiplies, takes 3 F numbers a row
+more than it kept, one block at a time.
 """
 
 import argparse

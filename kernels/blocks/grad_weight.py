@@ -66,8 +66,8 @@ def _block_grad_weight_kernel(
 ):  # fmt: skip
     """grid (slabs, blocks of 2F', of F' and, if HAS_PRODUCT, of C): the weights of gate and up, down, out. partial:
     out's, if HAS_PRODUCT, then the others."""
-    GATE_UP: tl.constexpr = tl.cdiv(2 * F_PAD, BLOCK_N)
-    DOWN: tl.constexpr = tl.cdiv(F_PAD, BLOCK_N)
+    GATE_UP: tl.constexpr = (2 * F_PAD + BLOCK_N - 1) // BLOCK_N  # Triton 3.6 has no cdiv of constants
+    DOWN: tl.constexpr = (F_PAD + BLOCK_N - 1) // BLOCK_N
     OUT: tl.constexpr = C if HAS_PRODUCT else 0
     block = tl.program_id(1)
     if block < GATE_UP:

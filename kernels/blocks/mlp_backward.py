@@ -9,6 +9,8 @@ of the block. Above 64 channels the second kernel spills; there the first stores
 multiplies. Layouts as in `mlp`; ∂y and ∂m have y's dtype, ∂a the products'. With a float32 ∂y the first kernel also
 writes ∂y in the products' dtype: inside a loop of products float32 would be converted in every pass.
 
+While it runs, a storing backward pass holds 6F' bytes a row: 2112 at C 128, F 341, more than a block keeps for it.
+
 Bytes an element of (N, C), s = 4 or 2 of y: the first 2s + 4 (+ 2 with the narrow ∂y), the second 4 and the partial
 sums, 24 · slabs · F' / N; FLOPs 10F + 2C and 12F.
 Predicted (not measured), N 72192, float32 y, H100: C 64, F 170, 47 and 27 µs; C 128, F 341, storing, 137 µs.

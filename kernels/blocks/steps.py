@@ -9,17 +9,16 @@ tensors made for them (`out=`), which autocast leaves alone.
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.kernels.blocks import config, mlp, mlp_backward, norm_linear
 from fastblocks.kernels.blocks.grad_weight import grad_weight, grad_weights
 from fastblocks.kernels.operator import compute_dtype
 from fastblocks.kernels.rows import rms_norm, swiglu
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def parameters_reason(x: Tensor, parameters: tuple[Tensor, ...]) -> str:
     """Why a block's kernels do not take these parameters with x; an empty string if they do."""
-    if compute_dtype(x) not in DTYPES:
+    if compute_dtype(x) not in KERNEL_DTYPES:
         return f"no kernel for {compute_dtype(x)}"
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype, device = x.dtype, x.device
@@ -27,7 +26,7 @@ def parameters_reason(x: Tensor, parameters: tuple[Tensor, ...]) -> str:
         if parameter.device != device:
             return f"parameters on {parameter.device}, input on {device}"
         if parameter.dtype != dtype:
-            if parameter.dtype not in DTYPES:
+            if parameter.dtype not in KERNEL_DTYPES:
                 return f"no kernel for parameters in {parameter.dtype}"
             if not autocast:
                 return f"the input is {dtype}, a parameter {parameter.dtype}"

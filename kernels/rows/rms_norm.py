@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import rows as eager
 from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import Prepared
@@ -184,7 +185,7 @@ def unsupported_reason(x: Tensor, scale: Tensor, eps: float) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
     if x.shape[-1] > MAX_CHANNELS:
         return f"rows of {x.shape[-1]} channels do not fit in registers, {MAX_CHANNELS} do"
-    if scale.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if scale.dtype not in KERNEL_DTYPES:
         return f"no kernel for a scale in {str(scale.dtype).removeprefix('torch.')}"
     if scale.device != x.device:
         return f"scale on {scale.device}, input on {x.device}"

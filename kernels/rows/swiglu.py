@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import rows as eager
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.numerics import round_to
@@ -149,7 +150,7 @@ def _backward_pair(
 
 def unsupported_reason(gate: Tensor, up: Tensor) -> str:
     """Why the kernels do not take this call; an empty string if they do."""
-    if up.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if up.dtype not in KERNEL_DTYPES:
         return f"no kernel for {str(up.dtype).removeprefix('torch.')} beside the gate"
     if up.device != gate.device:
         return f"up on {up.device}, gate on {gate.device}"

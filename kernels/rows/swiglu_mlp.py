@@ -17,6 +17,7 @@ Products are rounded to `dtype` (autocast's, where that is on), in which y is.
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import rows as eager
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.rows import swiglu
@@ -30,7 +31,7 @@ def unsupported_reason(x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight
     """Why the kernels do not take this call; an empty string if they do."""
     weights = (weight_gate, weight_up, weight_down)
     for weight in weights:
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if weight.dtype not in KERNEL_DTYPES:
             return f"no kernel for weights in {str(weight.dtype).removeprefix('torch.')}"
         if weight.device != x.device:
             return f"weights on {weight.device}, input on {x.device}"
