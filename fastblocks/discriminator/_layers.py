@@ -13,6 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
 
 from fastblocks import backend, functional
+from fastblocks.eager import convolution
 from fastblocks.spectral_ops import short_time_spectrum
 
 Scores = list[Tensor]
@@ -50,7 +51,12 @@ class Conv1d(_DerivedWeight, nn.Conv1d):
 
 
 class Conv2d(_DerivedWeight, nn.Conv2d):
-    pass
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        other = self.kernel_size[1], self.stride[1], self.padding[1], self.dilation, self.groups, self.padding_mode
+        along_time = other == (1, 1, 0, (1, 1), 1, "zeros")
+        if along_time and convolution.is_quicker(input, weight, self.stride[0], self.padding[0]):
+            return convolution.convolve(input, weight, bias, self.stride[0], self.padding[0])
+        return super()._conv_forward(input, weight, bias)
 
 
 class SpectralNorm(TorchSpectralNorm):
