@@ -13,7 +13,7 @@ from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl
 
-PROGRAMS_PER_SM = 3  # that share the rows of the weights' gradients
+PROGRAMS_PER_SM = 4  # that share the rows of the weights' gradients: two at a time
 
 
 @cache
@@ -23,7 +23,7 @@ def to_bands(features: int) -> LaunchConfig:
 
 @cache
 def to_bins(features: int) -> LaunchConfig:
-    return config(4, 2, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
+    return config(4, 1, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(64, max(16, power_of_two(features))))
 
 
 @cache
@@ -33,7 +33,7 @@ def pack_weight(block_l: int, block_n: int) -> LaunchConfig:
 
 @cache
 def grad_weight(features: int) -> LaunchConfig:
-    return config(4, 2, BLOCK_M=64, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
+    return config(4, 3, BLOCK_M=32, BLOCK_L=64, BLOCK_N=min(128, max(16, power_of_two(features))))
 
 
 @cache
@@ -41,10 +41,10 @@ def sum_slabs(features: int) -> LaunchConfig:
     return config(4, BLOCK_L=16, BLOCK_N=min(128, max(16, power_of_two(features))))
 
 
-def slabs(n_rows: int, tiles: int, like: Tensor) -> int:
-    """How many slabs share the rows of the weights' gradients: as many programs as are resident together."""
+def slabs(blocks: int, tiles: int, like: Tensor) -> int:
+    """How many slabs share the blocks of rows of the weights' gradients: as many programs as are resident together."""
     wanted = PROGRAMS_PER_SM * runtime.sm_count(like.device) // tiles
-    return max(1, min(wanted, cdiv(n_rows, 128)))
+    return max(1, min(wanted, cdiv(blocks, 2)))
 
 
 OPERANDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
