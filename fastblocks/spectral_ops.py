@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastblocks import functional
 from fastblocks.eager.autocast import autocast_enabled, without_autocast
+from fastblocks.eager.derivatives import must_trace
 from fastblocks.generator._layers import may_fuse
 
 
@@ -61,8 +62,8 @@ class Fourier(nn.Module):
         if sp.shape[0] == 0:  # FFT libraries refuse an empty batch
             return self._result(sp[:, 0, :1, 0].to(window.dtype).expand(-1, original_length), sp)
         with without_autocast(sp.device):
-            spectrum = torch.view_as_complex(sp.to(window.dtype).contiguous())
-            frames = torch.fft.irfft(spectrum.transpose(1, 2), self.n_fft) * window  # (B, frames, n_fft)
+            spectrum = _as_complex(sp.to(window.dtype).transpose(1, 2))
+            frames = torch.fft.irfft(spectrum, self.n_fft) * window  # (B, frames, n_fft)
             # torch.istft would synchronise with the GPU here, to check the envelope's minimum
             envelope = self._overlap_add((window * window).expand(1, frames.shape[1], -1))
             y = self._overlap_add(frames) / envelope.where(envelope > 1e-11, 1)
@@ -89,6 +90,16 @@ class Fourier(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_fft={self.n_fft}, hop_length={self.hop_length}"
+
+
+def _as_complex(pairs: Tensor) -> Tensor:
+    """(…, 2) -> complex (…), a view where strides allow it: those of an STFT and of `Band.unsplit` do."""
+    fits = not must_trace() and (
+        pairs.stride(-1) == 1
+        and pairs.storage_offset() % 2 == 0
+        and all(stride % 2 == 0 for stride in pairs.stride()[:-1])
+    )
+    return torch.view_as_complex(pairs if fits else pairs.contiguous())
 
 
 def short_time_spectrum(waveform: Tensor, window: Tensor, hop_length: int) -> Tensor:

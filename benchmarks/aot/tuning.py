@@ -37,6 +37,8 @@ OPERATIONS = {
     "swiglu_mlp": ("rows-mlp-128", "rows-mlp-512"),
     "swiglu": ("rows-swiglu-128", "rows-swiglu-512"),
     "rms_norm": ("rows-norm-128", "rows-norm-512"),
+    "band_split": ("band-split",),
+    "band_unsplit": ("band-unsplit",),
 }
 WARPS, MOST_WARPS, MOST_STAGES, SMALLEST_BLOCK = (0.5, 1, 2), 16, 4, 8
 REACH = ("BLOCK", "RUN")  # names of constants that are tile sizes

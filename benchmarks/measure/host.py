@@ -43,6 +43,11 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
         )
     )
     depthwise, mlp = [image, kernel, bias, norm], [rows, w1, b1, w2, b2]
+    spectrum, split, split_bias, bands, unsplit, unsplit_bias = leaves(
+        (2, 9, 5, 2), (3, 8, 16), (3, 16), (2, 16, 5, 3), (3, 16, 8), (3, 8)
+    )
+    ranges, bins = [(0, 4), (2, 6), (5, 9)], torch.ones(9)
+    bands = bands.detach().to(memory_format=torch.channels_last).requires_grad_()
     window = {"window": 32, "register_qkv": registers}
     from torch.nn.functional import normalize
 
@@ -64,6 +69,12 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
         "swiglu": (lambda: F.swiglu(gate, up), [gate, up]),
         "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),
         "roformer_block": (lambda: F.roformer_block(*block, rope, 2), block),
+        "band_split": (
+            lambda: F.band_split(spectrum, split, split_bias, ranges), [spectrum, split, split_bias]
+        ),
+        "band_unsplit": (
+            lambda: F.band_unsplit(bands, unsplit, unsplit_bias, ranges, bins), [bands, unsplit, unsplit_bias]
+        ),
         "rnn_block": (lambda: F.rnn_block(*rnn), rnn),
         "spectral_norms of 30": (lambda: F.spectral_norms(weights, us, vs), weights),
         "weight_norms of 30": (lambda: F.weight_norms(weights, lengths), [*weights, *lengths]),

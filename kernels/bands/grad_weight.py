@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastblocks.kernels.bands import config
 from fastblocks.kernels.bands.plan import Plan
-from fastblocks.kernels.bands.spectrum import lane_offsets, of_bands, of_spectrum, row_offsets
+from fastblocks.kernels.bands.spectrum import lane_offsets, of_bands, of_spectrum
 from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.matrix import strides, times
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -25,7 +25,7 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 @triton.jit
 def _grad_weight_kernel(
     spectrum_ptr, window_ptr, bands_ptr, partial_ptr, partial_bias_ptr, table_ptr, tiles_ptr,
-    n_rows, T,
+    T, blocks_t, n_blocks,
     stride_spectrum_b, stride_spectrum_t, stride_spectrum_f, stride_spectrum_c,
     stride_bands_b, stride_bands_t, stride_bands_k,
     stride_slab,
@@ -35,7 +35,7 @@ def _grad_weight_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of lanes, slabs, blocks of N): blocks of rows are dealt to slabs in turn.
+    """grid (tiles of lanes, slabs, blocks of N): blocks of rows, blocks_t a sample, are dealt to slabs in turn.
 
     A slab of `partial` is (all_lanes, N), one of `partial_bias` (all_lanes,) or (K, N).
     """
@@ -48,16 +48,21 @@ def _grad_weight_kernel(
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_l, mask_n = offs_l < lanes, offs_n < N
     offs_x = lane_offsets(first + offs_l, stride_spectrum_f, stride_spectrum_c, CHANNELS, FLAT, INDEX_INT64)
-    offs_y = k.to(tl.int64) * stride_bands_k + offs_n
+    bands_ptr += k.to(tl.int64) * stride_bands_k
+    offs_y = times(offs_n, 1, INDEX_INT64)
+    offs_m = tl.arange(0, BLOCK_M)
     if window_ptr is not None:
         window = tl.load(window_ptr + (first + offs_l) // CHANNELS, mask=mask_l, other=1.0).to(tl.float32)
     total = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
     total_bias = tl.zeros([BLOCK_L if BIAS_OF_LANES else BLOCK_N], tl.float32)
-    for block in range(tl.program_id(1), tl.cdiv(n_rows, BLOCK_M), tl.num_programs(1)):
-        rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask_m = (rows < n_rows)[:, None]
-        x_ptrs = spectrum_ptr + row_offsets(rows, T, stride_spectrum_b, stride_spectrum_t)[:, None] + offs_x[None, :]
-        y_ptrs = bands_ptr + row_offsets(rows, T, stride_bands_b, stride_bands_t)[:, None] + offs_y[None, :]
+    for block in range(tl.program_id(1), n_blocks, tl.num_programs(1)):
+        sample = tl.full([], 1, tl.int64) * (block // blocks_t)
+        start_t = tl.full([], BLOCK_M, tl.int64) * (block % blocks_t)
+        mask_m = (start_t + offs_m < T)[:, None]
+        x_ptrs = spectrum_ptr + sample * stride_spectrum_b + start_t * stride_spectrum_t
+        y_ptrs = bands_ptr + sample * stride_bands_b + start_t * stride_bands_t
+        x_ptrs += times(offs_m, stride_spectrum_t, INDEX_INT64)[:, None] + offs_x[None, :]
+        y_ptrs += times(offs_m, stride_bands_t, INDEX_INT64)[:, None] + offs_y[None, :]
         x = tl.load(x_ptrs, mask=mask_m & mask_l[None, :], other=0.0)  # [BLOCK_M, BLOCK_L]
         y = tl.load(y_ptrs, mask=mask_m & mask_n[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
         if window_ptr is not None:
@@ -122,21 +127,26 @@ def grad_weight(
     """Fills grad_weight (K, lanes, N) by strides, and grad_bias: contiguous (K, N) after a split, (K, lanes) after an
     unsplit, which has a window."""
     batch, features, length, n_bands = bands.shape
-    of_lanes, width, n_rows = window is not None, grad_weight.shape[1], batch * length
+    of_lanes, width = window is not None, grad_weight.shape[1]
+    if all(t.stride(0) == length * t.stride(2) for t in (spectrum, bands)):  # samples follow one another: one of them
+        batch, length = 1, batch * length
     chosen, tiles = config.grad_weight(features), plan.tiles.shape[0]
     blocks_n = cdiv(features, chosen["BLOCK_N"])
-    slabs = config.slabs(n_rows, tiles * blocks_n, spectrum)
+    blocks_t = cdiv(length, chosen["BLOCK_M"])
+    slabs = config.slabs(batch * blocks_t, tiles * blocks_n, spectrum)
     biases = plan.lanes if of_lanes else n_bands * features
     partial = torch.empty((slabs, plan.lanes * features + biases), dtype=torch.float32, device=spectrum.device)
     shared = {
         "partial_ptr": partial, "partial_bias_ptr": partial[:, plan.lanes * features :], "table_ptr": plan.bands,
         "stride_slab": partial.shape[1], "N": features, "BIAS_OF_LANES": of_lanes,
     }  # fmt: skip
+    arguments = {**of_spectrum(spectrum), "T": length}
+    arguments["INDEX_INT64"] |= chosen["BLOCK_M"] * max(spectrum.stride(2), bands.stride(2)) >= 2**31
     launch(
         _grad_weight_kernel, (tiles, slabs, blocks_n), chosen, like=spectrum,
-        **of_spectrum(spectrum), **of_bands(bands), **shared,
+        **arguments, **of_bands(bands), **shared,
         window_ptr=window, tiles_ptr=plan.tiles,
-        n_rows=n_rows, **config.product(dtype),
+        blocks_t=blocks_t, n_blocks=batch * blocks_t, **config.product(dtype),
     )  # fmt: skip
     chosen = config.sum_slabs(features)
     launch(

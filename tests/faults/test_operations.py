@@ -10,7 +10,7 @@ import torch
 from fastblocks import backend, functional
 from fastblocks.functional.convnext import conv_output_size
 from tests.compare import relative_error
-from tests.reference import attention, blocks, convnext, recurrent, rows
+from tests.reference import attention, blocks, convnext, recurrent, rows, spectral
 
 pytestmark = pytest.mark.usefixtures("poison")  # also what an operation allocates below the dispatcher
 
@@ -329,6 +329,55 @@ def test_a_sum_normalized_and_its_gradient(name, dtype):
     rms_norm.backward(grad, total, rstd, None, grad, kept_is_normalized=False, grad_residual=grad)
     for got, right in ((out, exact), (grad_x, want), (grad, want)):
         assert relative_error(got, right) < ALLOWED[dtype]
+
+
+# ---- band_split, band_unsplit ----------------------------------------------------------------------------------------
+
+# B, T, bins, channels of a bin, channels of a band, ranges
+BANDS = {
+    "overlapping": (2, 9, 40, 2, 20, [(0, 3), (1, 8), (5, 20), (12, 40)]),
+    "one bin each, gaps, none": (1, 70, 7, 2, 8, [(0, 1), (1, 2), (4, 5), (3, 3)]),
+    "wide, no order": (1, 3, 70, 3, 130, [(5, 70), (0, 6)]),
+}
+
+
+@every(BANDS, DTYPES[::2])
+def test_bands(name, dtype):
+    adjacent = dtype != torch.float32  # both layouts of a spectrum, and of bands
+    batch, length, bins, channels, features, ranges = BANDS[name]
+    width = channels * max(end - start for start, end in ranges)
+    filters = torch.zeros(len(ranges), bins, device="cuda")
+    for row, (start, end) in zip(filters, ranges, strict=True):
+        row[start:end] = 1
+    window = filters.sum(0).clamp(min=1)
+    leaves = {
+        "x": torch.randn(batch, length, bins, channels).transpose(1, 2),
+        "weight": torch.randn(len(ranges), width, features) / width**0.5, "bias": torch.randn(len(ranges), features),
+        "back": torch.randn(len(ranges), features, width) / features**0.5, "offset": torch.randn(len(ranges), width),
+    }  # fmt: skip
+    if not adjacent:
+        leaves["x"] = leaves["x"].contiguous()
+
+    def split(x, weight, bias):
+        return (functional.band_split(x, weight, bias, ranges),)
+
+    def reference_split(x, weight, bias):
+        return (
+            spectral.band_split({"filterbanks": filters, "pre_bandnet.weight": weight, "pre_bandnet.bias": bias}, x),
+        )
+
+    check(split, reference_split, {key: leaves[key] for key in ("x", "weight", "bias")}, dtype)
+
+    def unsplit(y, back, offset):
+        return (functional.band_unsplit(y, back, offset, ranges, window.to(y.dtype)),)
+
+    def reference_unsplit(y, back, offset):
+        state = {"filterbanks": filters, "ola_window": window, "post_bandnet.weight": back, "post_bandnet.bias": offset}
+        return (spectral.band_unsplit(state, y, channels),)
+
+    y = torch.randn(batch, length, len(ranges), features).permute(0, 3, 1, 2)
+    y = y if adjacent else y.contiguous()
+    check(unsplit, reference_unsplit, {"y": y, "back": leaves["back"], "offset": leaves["offset"]}, dtype)
 
 
 # ---- roformer_block, rnn_block ---------------------------------------------------------------------------------------

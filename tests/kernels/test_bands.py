@@ -149,8 +149,8 @@ def test_a_spectrum_is_read_and_written_as_it_lies(layout, device):
         assert z.transpose(1, 2).is_contiguous()
         grad = torch.randn_like(z)
         grads = [torch.autograd.grad(z, leaves, g, retain_graph=True) for g in (grad, laid(grad, order))]
-    for a, b in zip(*grads, strict=True):
-        assert torch.equal(a, b)
+    for a, b in zip(*grads, strict=True):  # samples that follow one another are summed as one
+        assert relative_error(a, b) < 1e-6
 
 
 def test_nothing_as_large_as_the_spectrum_is_copied(device, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastblocks
 from tests.compare import ROUNDING, assert_close, relative_error
@@ -101,6 +102,31 @@ def test_istft_takes_any_layout():
     want = module.istft(sp, 300)
     assert torch.equal(module.istft(sp.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), 300), want)
     assert torch.equal(module.istft(torch.cat([sp, sp], -1)[..., :2], 300), want)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations of PyTorch that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(function._schema.name.removeprefix("aten::"))
+        return function(*arguments, **(keywords or {}))
+
+
+def test_istft_never_waits_for_a_gpu_and_copies_no_stft():
+    """On the meta device whoever asks for a value raises; and a spectrum in an STFT's layout is read as it is."""
+    module = fastblocks.Fourier(64, 16)
+    sp = module.stft(torch.randn(2, 500)) * 1.5
+    assert sp.stride()[1] == 2  # adjacent bins
+    with Calls() as calls:
+        module.istft(sp, 500)
+    assert not {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal"} & set(calls.names)
+    before = calls.names[: calls.names.index("_fft_c2r")]
+    assert not {"clone", "contiguous", "_to_copy", "copy_"} & set(before), before
+    assert module.to("meta").istft(sp.to("meta"), 500).shape == (2, 500)
 
 
 def test_fourier_empty_batch_and_short_clips():
