@@ -218,7 +218,7 @@ def _empty(replacement: nn.Module) -> None:
     replacement.to("meta")
     for child in replacement.modules():
         for name, value in child.__dict__.items():
-            if isinstance(value, torch.Tensor):  # a weight that spectral norm derived
+            if isinstance(value, torch.Tensor):  # a weight that a norm derived
                 child.__dict__[name] = value.detach().to("meta")
 
 
