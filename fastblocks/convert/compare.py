@@ -153,7 +153,10 @@ def compare(
                 raise Refused(f"{where} gives other shapes: {shapes[0][:3]}, not {shapes[1][:3]}")
             error = max(_error(got, want) for got, want in zip(ours, theirs, strict=True))
             if not error <= TOLERANCE:
-                raise Refused(f"{where} computes something else (relative difference {error:.1e})")
+                raise Refused(
+                    f"{where} computes something else than fastblocks' block, as another eps, activation or formula "
+                    f"does (relative difference {error:.1e})"
+                )
             worst = max(worst, error)
     return worst
 
