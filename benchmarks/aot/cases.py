@@ -55,8 +55,9 @@ def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _attention(
-    dtype, batch: int, tokens: int, heads: int, head_dim: int, window: int, registers: int, out: bool, gated=False
-):
+    dtype, batch: int, tokens: int, heads: int, head_dim: int, window: int | tuple[int, int], registers: int, out: bool,
+    gated=False,
+):  # fmt: skip
     width = 3 * heads * head_dim
     qkv, rope = empty(batch, tokens, width, dtype=dtype), empty(registers + tokens, head_dim // 2, 2)
     register_qkv = empty(1, registers, width, dtype=dtype) if registers else None
@@ -255,7 +256,7 @@ def odd_weight_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Argum
 def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     heads, head_dim = draw.randint(1, 8), 2 * draw.randint(4, draw.choice((16, 32, 128)))
     tokens = draw.choice((draw.randint(1, 128), draw.randint(129, 3000)))
-    window = draw.choice((-1, draw.randint(1, 300)))
+    window = draw.choice((-1, draw.randint(1, 300), (-1, 0), (draw.randint(0, 300), draw.randint(0, 20))))
     registers = draw.choice((0, draw.randint(1, 16), draw.randint(1, 64)))
     out, gated = registers > 0 and draw.random() < 0.5, draw.random() < 0.3
     label = f"T {tokens} heads {heads} × {head_dim} window {window} registers {registers}{' out' * out}"

@@ -1,14 +1,24 @@
 """Windowed RoPE attention with register tokens, in time and memory that grow with T · (window + R)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastblocks.eager.derivatives import by_formula, must_trace, twice_differentiable
 
-# Queries of a block see block + 2 · half_window keys: larger blocks waste more of them, smaller ones leave the products
-# small. On a CPU (2 cores, D 32, half_window 32, forward + backward): 32 queries 78 ms, 64 55 ms, 128 59 ms, 256 86 ms.
+# Queries of a block see block + left + right keys: larger blocks waste more of them, smaller ones leave the products
+# small. On a CPU (2 cores, D 32, left and right 32, forward + backward): 32 queries 78 ms, 64 55, 128 59, 256 86.
 _MIN_BLOCK, _MAX_BLOCK = 64, 512
+
+
+def sides_of(window: int | Sequence[int]) -> tuple[int, int]:
+    """How many tokens before and after itself a token sees, -1 for all: a window's width W is W // 2 on each side."""
+    if isinstance(window, int):
+        return (-1, -1) if window == -1 else (window // 2, window // 2)
+    left, right = window
+    return left, right
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -44,7 +54,7 @@ def rope_attention(
     qkv: Tensor,
     rope: Tensor,
     n_head: int,
-    window: int,
+    window: int | Sequence[int],
     register_qkv: Tensor | None,
     return_registers: bool,
     gate: Tensor | None = None,
@@ -55,10 +65,13 @@ def rope_attention(
     q_r = k_r = v_r = None
     if registers:
         q_r, k_r, v_r = (t.expand(batch, -1, -1, -1) for t in _heads(register_qkv, rope[:registers], n_head))
-    if window == -1 or length == 0:
+    left, right = sides_of(window)
+    if left == right == -1 or length == 0:
         y = _full(q, k, v, k_r, v_r)
+    elif -1 in (left, right):
+        y = _full(q, k, v, k_r, v_r, _one_sided(q, left, right, registers))
     else:
-        y = _windowed(q, k, v, k_r, v_r, window // 2)
+        y = _windowed(q, k, v, k_r, v_r, left, right)
     y = _merge(y)
     if gate is not None:
         y = (y.unflatten(-1, (n_head, -1)) * gate.sigmoid().unsqueeze(-1)).flatten(-2)
@@ -67,42 +80,55 @@ def rope_attention(
     return y, _merge(_full(q_r, k, v, k_r, v_r))
 
 
-def _full(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None) -> Tensor:
+def _full(
+    q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, bias: Tensor | None = None
+) -> Tensor:
     if k_r is not None:
         k, v = torch.cat((k_r, k), 2), torch.cat((v_r, v), 2)
-    return _attend(q, k, v, None)
+    return _attend(q, k, v, bias)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, half_window: int) -> Tensor:
+def _one_sided(q: Tensor, left: int, right: int, registers: int) -> Tensor:
+    """The bias (1, 1, T, R + T) of a window that has no end on one side: no block of keys is small."""
+    offs = torch.arange(q.shape[2], device=q.device)
+    ahead = offs - offs[:, None]
+    return _bias(F.pad(ahead <= right if left == -1 else -ahead <= left, (registers, 0), value=True)[None], q)
+
+
+def _bias(seen: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))[None]
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, k_r: Tensor | None, v_r: Tensor | None, left: int, right: int) -> Tensor:
     """Blocks of queries, each against the registers and the keys within its window."""
     batch, heads, length, _ = q.shape
-    block = min(max(_MIN_BLOCK, half_window), _MAX_BLOCK)
+    block = min(max(_MIN_BLOCK, (left + right) // 2), _MAX_BLOCK)
     if torch.compiler.is_compiling():  # always several blocks and a tail: other cases would be further graphs
         blocks = -(-length // block) + 1
     else:
         block = max(1, min(block, length))
         blocks = -(-length // block)
     tail = blocks * block - length
-    span = block + 2 * half_window
+    span = block + left + right
     q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (blocks, block))
-    k = _stretches(k, half_window, tail, span, block, k_r)
-    v = _stretches(v, half_window, tail, span, block, v_r)
+    k = _stretches(k, left, right + tail, span, block, k_r)
+    v = _stretches(v, left, right + tail, span, block, v_r)
     offs_q = torch.arange(block, device=q.device)[:, None]
-    offs_k = torch.arange(span, device=q.device) - half_window
+    offs_k = torch.arange(span, device=q.device) - left
     start = torch.arange(blocks, device=q.device)[:, None, None] * block
-    seen = ((offs_q - offs_k).abs() <= half_window) & (start + offs_k >= 0) & (start + offs_k < length)
+    ahead = offs_k - offs_q
+    seen = (ahead >= -left) & (ahead <= right) & (start + offs_k >= 0) & (start + offs_k < length)
     seen = seen | (start + offs_q >= length)  # rows past the end are cut off below; fully masked they would be NaN
     if k_r is not None:
         seen = F.pad(seen, (k_r.shape[2], 0), value=True)
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, float("-inf"))[None]
-    y = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias)
+    y = _attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), _bias(seen, q))
     return y.unflatten(0, (batch, heads)).flatten(2, 3)[:, :, :length]
 
 
-def _stretches(x: Tensor, half_window: int, tail: int, span: int, block: int, registers: Tensor | None) -> Tensor:
-    """(B, H, T, D) -> (B, H, blocks, R + span, D): the registers, then the tokens from
-    `half_window` before each block on."""
-    x = F.pad(x, (0, 0, half_window, half_window + tail)).unfold(2, span, block).transpose(-1, -2)
+def _stretches(x: Tensor, before: int, after: int, span: int, block: int, registers: Tensor | None) -> Tensor:
+    """(B, H, T, D) -> (B, H, blocks, R + span, D): the registers, then the tokens from `before` before each block
+    on."""
+    x = F.pad(x, (0, 0, before, after)).unfold(2, span, block).transpose(-1, -2)
     if registers is None:
         return x
     return torch.cat((registers.unsqueeze(2).expand(-1, -1, x.shape[2], -1, -1), x), 3)

@@ -5,12 +5,14 @@ spills.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from fastblocks.eager.attention import sides_of
 from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import LaunchConfig, config
 
@@ -20,6 +22,7 @@ MIN_TILE = 16  # smallest dimension that tl.dot takes
 # without it and 85 + 45 with it, backward 309 and 218; of 282 tokens of 4 heads of 32, 71 and 55 + 34, 191 and 168.
 ROTATE_FROM = 1024
 SPLIT = 512  # keys per program, register tokens' output: 16 programs per head at T = 8192, 128 at 65536 (a prediction)
+UNLIMITED = 2**30  # tokens before or after a row that sees all of them: adds up with a position in 32 bits
 COMBINE_ROWS = 4  # register tokens per program that combines splits: few, because there are only B·H·R
 PARTIAL_TILE = 8192  # elements of partial sums that a program adds per step: 64 registers per thread at 128 threads
 
@@ -36,10 +39,10 @@ def is_short(n_rows: int, block_d: int, element_size: int, architecture: str) ->
     return n_rows <= 128 and n_rows * block_d <= 128 * 32
 
 
-def is_rotated(n_tokens: int, window: int, element_size: int) -> bool:
+def is_rotated(n_tokens: int, window: int | Sequence[int], element_size: int) -> bool:
     """Whether a kernel of its own rotates q and k, for the kernels that are not `short`. Not in a float32 window:
     rotated TF32 operands of 64 channels spill 8 to 16 bytes per thread."""
-    return n_tokens >= ROTATE_FROM and (window < 0 or element_size == 2)
+    return n_tokens >= ROTATE_FROM and (sides_of(window) == (-1, -1) or element_size == 2)
 
 
 MOST_TF32 = 128  # largest padded head size for TF32: above, its operands spill 0.5 kB per thread, float32 0.2
@@ -114,7 +117,7 @@ class Plan:
     rotated: bool  # a separate kernel rotates q and k; the others find them rotated
     n_tokens: int
     n_registers: int
-    half_window: int
+    window: dict[str, int]  # window_left and window_right: tokens before and after itself that a token sees
     scale: float  # of the scores, with log2(e) for a base-2 exponential
     configs: dict[str, LaunchConfig]  # by kernel
 
@@ -138,12 +141,14 @@ def runs_short(qkv: Tensor, n_head: int, n_registers: int) -> bool:
     return is_short(n_registers + qkv.shape[1], block_d, qkv.element_size(), runtime.architecture(qkv.device))
 
 
-def plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, registers_out: bool) -> Plan:
+def plan_of(
+    qkv: Tensor, n_head: int, window: int | Sequence[int], register_qkv: Tensor | None, registers_out: bool
+) -> Plan:
     return _plan(
         qkv.shape[1],
         0 if register_qkv is None else register_qkv.shape[1],
         qkv.shape[2] // (3 * n_head),
-        window,
+        sides_of(window),
         qkv.dtype,
         registers_out,
         qkv.dtype == torch.float32 and runtime.allows_tf32(),
@@ -153,7 +158,7 @@ def plan_of(qkv: Tensor, n_head: int, window: int, register_qkv: Tensor | None, 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    n_tokens: int, n_registers: int, head_dim: int, window: int, dtype: torch.dtype,
+    n_tokens: int, n_registers: int, head_dim: int, window: tuple[int, int], dtype: torch.dtype,
     registers_out: bool, tf32: bool, architecture: str,
 ) -> Plan:  # fmt: skip
     n_rows = n_registers + n_tokens
@@ -161,7 +166,7 @@ def _plan(
     shared = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
     tf32 = tf32 and dtype == torch.float32 and block_d <= MOST_TF32
     products = {"PRECISION": "tf32" if tf32 else "ieee"}
-    has_window = window >= 0 and window // 2 < n_tokens - 1
+    has_window = any(0 <= side < n_tokens - 1 for side in window)
     configs = {
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
     }
@@ -207,4 +212,6 @@ def _plan(
             "register_combine": config(1, **shared, BLOCK_R=COMBINE_ROWS),
         }
     scale = head_dim**-0.5 / math.log(2)
-    return Plan(short, rotated, n_tokens, n_registers, window // 2, scale, configs)
+    left, right = (UNLIMITED if side < 0 else side for side in window)
+    sides = {"window_left": left, "window_right": right}
+    return Plan(short, rotated, n_tokens, n_registers, sides, scale, configs)

@@ -9,7 +9,8 @@ keys (dk, dv). `registers` computes the register tokens' output and dq, and adds
 Bytes per (batch, head): forward 4·T·D elements and 4·T of lse, backward 12·T·D: both kernels read q, k, v and dout.
 Neighbouring blocks share keys in cache: each key is read (BLOCK_M + W) / BLOCK_M times, and from ROTATE_FROM tokens on
 a kernel of its own rotates q and k first (4·T·D more), because a key's part of the rope table is twice its own bytes.
-Those 2·T·D elements are kept for backward. FLOPs: 4·T·(W + R)·D and, with
+Those 2·T·D elements are kept for backward. Below that, the kernel of dq hands its rotated q on to the one of dk and dv
+(2·T·D more), which would rotate each query once for every block of keys. FLOPs: 4·T·(W + R)·D and, with
 seven products, 14·T·(W + R)·D; W is the window, T in its place where there is none.
 """
 
@@ -18,13 +19,11 @@ from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
-    FAR,
     LOG2_E,
     gate_arguments,
     load_gate,
     load_rotated,
     load_rows,
-    near,
     program_of,
     register_arguments,
     register_keys,
@@ -32,34 +31,11 @@ from fastblocks.kernels.attention.tiles import (
     rotate,
     store_rows,
 )
+from fastblocks.kernels.attention.windows import start_of_block, visible_blocks, visible_tokens
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
-
-
-@triton.jit
-def _visible_blocks(start, n_tokens, half_window, ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Which tokens the rows start … start + ROWS - 1 see, in blocks of BLOCK: the first token, and the number of blocks
-    before the interior (where every row sees every token), in it, and after it."""
-    if not HAS_WINDOW:
-        full = n_tokens // BLOCK
-        return 0, 0, full, tl.cdiv(n_tokens, BLOCK) - full
-    low = tl.maximum(start - half_window, 0)
-    high = tl.minimum(start + ROWS + half_window, n_tokens)
-    before = tl.cdiv(tl.maximum(tl.minimum(start + ROWS - 1 - half_window, high) - low, 0), BLOCK)
-    interior = tl.maximum(tl.minimum(start + half_window + 1, n_tokens) - low - before * BLOCK, 0) // BLOCK
-    after = tl.maximum(tl.cdiv(high - low, BLOCK) - before - interior, 0)
-    return low, before, interior, after
-
-
-@triton.jit
-def _start(i, low, before, interior, BLOCK: tl.constexpr, INTERIOR: tl.constexpr):
-    """The first token of block i, counted within the interior's blocks or those around it."""
-    start = low + i * BLOCK
-    if not INTERIOR:
-        start += tl.where(i >= before, interior * BLOCK, 0)
-    return start
 
 
 @triton.jit
@@ -95,20 +71,11 @@ def _key_block(
 
 
 @triton.jit
-def _near(offs_m, offs_n, n_tokens, half_window, HAS_WINDOW: tl.constexpr):
-    """Mask [offs_m, offs_n]: whether token offs_m sees token offs_n; without a window [1, offs_n]."""
-    mask = (offs_n < n_tokens)[None, :]
-    if HAS_WINDOW:
-        mask = near(offs_m, tl.where(offs_n < n_tokens, offs_n, FAR), half_window)
-    return mask
-
-
-@triton.jit
 def _long_forward_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, lse_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_gate_b, stride_gate_t,
-    n_tokens, n_registers, half_window, n_head, scale,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, KEEP_LSE: tl.constexpr,
@@ -145,17 +112,20 @@ def _long_forward_kernel(
         s_r = tl.where((offs_r < n_registers)[None, :], dot(q, tl.trans(k_r), PRECISION), float("-inf"))
         m, total, acc = _softmax_step(s_r, v_r, m, total, acc, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_m, n_tokens, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            start_n = start_of_block(i, low, before, interior, BLOCK_N, INTERIOR)
             k, v = _key_block(
                 qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
                 HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
             )  # fmt: skip
             s = dot(q, tl.trans(k), PRECISION)  # [BLOCK_M, BLOCK_N]
             if not INTERIOR:
-                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask = visible_tokens(offs_m, offs_n, n_tokens, window_left, window_right, HAS_WINDOW)
                 s = tl.where(mask, s, float("-inf"))
             m, total, acc = _softmax_step(s, v, m, total, acc, scale, PRECISION, MASKED=not INTERIOR)
 
@@ -174,10 +144,10 @@ def _long_forward_kernel(
 @triton.jit
 def _grad_query_kernel(
     qk_ptr, v_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, grad_out_ptr, lse_ptr,
-    delta_ptr, grad_qkv_ptr, grad_gate_ptr, gated_ptr, partial_ptr,
+    delta_ptr, grad_qkv_ptr, grad_gate_ptr, rotated_ptr, gated_ptr, partial_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
     stride_gate_b, stride_gate_t, stride_grad_b, stride_grad_t,
-    n_tokens, n_registers, half_window, n_head, scale, n_parts,
+    n_tokens, n_registers, window_left, window_right, n_head, scale, n_parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
@@ -185,7 +155,8 @@ def _grad_query_kernel(
     """dq, delta = rowsum(out ∘ dout) (B, H, T), and these queries' part of the register tokens' dk and dv, to part
     1 + block of partial (B, n_parts, R, 3C) float32. grid (B·H·blocks of queries,), blocks fastest.
 
-    With gates also their gradient (B, T, H), and gated (B, T, C) = gate · dout for the kernel of dk and dv."""
+    For the kernel of dk and dv: unless they are ROTATED already, rotated (B, T, C) = q; with gates, gated (B, T, C) =
+    gate · dout. With gates also their gradient (B, T, H)."""
     block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_M), n_head)
     start_m = block * BLOCK_M
     n_channels = n_head * HEAD_DIM
@@ -201,10 +172,12 @@ def _grad_query_kernel(
         qk_ptr + start_m.to(tl.int64) * stride_qk_t, query_rope_ptr, offs, left, stride_qk_t,
         HEAD_DIM, BLOCK_D, ROTATED=ROTATED,
     )  # fmt: skip
+    here = (b * n_tokens + start_m) * n_channels + h * HEAD_DIM  # in what is (B, T, C) and contiguous
+    if not ROTATED:
+        store_rows(rotated_ptr + here, q, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     grad_out_ptr += b * stride_grad_b + start_m.to(tl.int64) * stride_grad_t + h * HEAD_DIM
     do = load_rows(grad_out_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D)
-    out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
-    out = load_rows(out_ptr, offs, left, n_channels, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr + here, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + pid_bh.to(tl.int64) * n_tokens + offs_m, delta, mask=offs_m < n_tokens)
     if gate_ptr is not None:  # out is gated, and delta the gate times its gradient
@@ -213,8 +186,7 @@ def _grad_query_kernel(
         grad_gate = round_to(delta * (1.0 - gate), grad_gate_ptr.dtype.element_ty)
         tl.store(grad_gate_ptr + (b * n_tokens + offs_m) * n_head + h, grad_gate, mask=offs_m < n_tokens)
         do = round_to(do.to(tl.float32) * gate[:, None], do.dtype)
-        gated_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
-        store_rows(gated_ptr, do, offs, left, n_channels, HEAD_DIM, BLOCK_D)
+        store_rows(gated_ptr + here, do, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     lse_ptr += pid_bh.to(tl.int64) * n_tokens
     lse = tl.load(lse_ptr + offs_m, mask=offs_m < n_tokens, other=float("inf"))  # P = 0 past the end
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -236,17 +208,20 @@ def _grad_query_kernel(
         dk_r = dot(tl.trans(ds_r), q, PRECISION) * (scale / LOG2_E)
         store_rows(partial_ptr + n_channels, dk_r, offs_r, n_registers, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
-    low, before, interior, after = _visible_blocks(start_m, n_tokens, half_window, BLOCK_M, BLOCK_N, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_m, n_tokens, window_left, window_right, BLOCK_M, BLOCK_N, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_n = _start(i, low, before, interior, BLOCK_N, INTERIOR)
+            start_n = start_of_block(i, low, before, interior, BLOCK_N, INTERIOR)
             k, v = _key_block(
                 qk_ptr, v_ptr, token_rope_ptr, start_n, n_tokens, n_channels, stride_qk_t, stride_v_t,
                 HEAD_DIM, BLOCK_D, BLOCK_N, INTERIOR, ROTATED,
             )  # fmt: skip
             p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale - lse[:, None])
             if not INTERIOR:
-                mask = _near(offs_m, start_n + tl.arange(0, BLOCK_N), n_tokens, half_window, HAS_WINDOW)
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                mask = visible_tokens(offs_m, offs_n, n_tokens, window_left, window_right, HAS_WINDOW)
                 p = tl.where(mask, p, 0.0)
             ds = p * (dot(do, tl.trans(v), PRECISION) - delta[:, None])
             dq += dot(round_to(ds, k.dtype), k, PRECISION)
@@ -269,17 +244,14 @@ def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION: tl.c
 
 @triton.jit
 def _query_block(
-    qk_ptr, grad_out_ptr, rope_ptr, lse_ptr, delta_ptr, start, n_tokens, stride_qk_t, stride_grad_t,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    EVEN: tl.constexpr = False, ROTATED: tl.constexpr = False,
+    rotated_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, n_tokens, stride_rotated_t, stride_grad_t,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, EVEN: tl.constexpr = False,
 ):  # fmt: skip
-    """Load q, rotated, dout, lse and delta of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
+    """Load rotated q, dout, lse and delta of BLOCK_M tokens; past the end q = dout = delta = 0 and P = 0."""
     offs = tl.arange(0, BLOCK_M)
     left = n_tokens - start
-    q_ptr = qk_ptr + tl.cast(start, tl.int64) * stride_qk_t
-    q = load_rotated(
-        q_ptr, rope_ptr + tl.cast(start, tl.int64) * HEAD_DIM, offs, left, stride_qk_t, HEAD_DIM, BLOCK_D, EVEN, ROTATED
-    )
+    q_ptr = rotated_ptr + tl.cast(start, tl.int64) * stride_rotated_t
+    q = load_rows(q_ptr, offs, left, stride_rotated_t, HEAD_DIM, BLOCK_D, EVEN)
     do_ptr = grad_out_ptr + tl.cast(start, tl.int64) * stride_grad_t
     do = load_rows(do_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
     lse = tl.load(lse_ptr + start + offs, mask=offs < left, other=float("inf"))
@@ -289,21 +261,22 @@ def _query_block(
 
 @triton.jit
 def _grad_key_kernel(
-    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, grad_out_ptr, grad_register_out_ptr, lse_ptr,
-    register_lse_ptr, delta_ptr, grad_qkv_ptr,
+    qk_ptr, v_ptr, rope_ptr, register_ptr, register_out_ptr, rotated_ptr, grad_out_ptr, grad_register_out_ptr,
+    lse_ptr, register_lse_ptr, delta_ptr, grad_qkv_ptr,
     stride_qk_b, stride_qk_t, stride_v_b, stride_v_t, stride_register_b, stride_register_r,
-    stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, half_window, n_head, scale,
+    stride_rotated_b, stride_rotated_t, stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     HAS_WINDOW: tl.constexpr, REGISTERS_OUT: tl.constexpr, ROTATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of tokens. REGISTERS_OUT: register tokens are queries too.
+    """dk and dv of a block of tokens. rotated_ptr: rotated q. REGISTERS_OUT: register tokens are queries too.
     grid (B·H·blocks of keys,), blocks fastest."""
     block, pid_bh, b, h = program_of(tl.cdiv(n_tokens, BLOCK_N), n_head)
     n_channels = n_head * HEAD_DIM
     qk_ptr += b * stride_qk_b + h * HEAD_DIM
     v_ptr += b * stride_v_b + h * HEAD_DIM
+    rotated_ptr += b * stride_rotated_b + h * HEAD_DIM
     grad_out_ptr += b * stride_grad_b + h * HEAD_DIM
     lse_ptr += pid_bh.to(tl.int64) * n_tokens
     delta_ptr += pid_bh.to(tl.int64) * n_tokens
@@ -329,15 +302,18 @@ def _grad_key_kernel(
         )  # fmt: skip
         dk, dv = _grad_key_step(q_r, do_r, k, v, lse_r, delta_r, None, dk, dv, scale, PRECISION, MASKED=False)
 
-    low, before, interior, after = _visible_blocks(start_n, n_tokens, half_window, BLOCK_N, BLOCK_M, HAS_WINDOW)
+    low, before, interior, after = visible_blocks(
+        start_n, n_tokens, window_right, window_left, BLOCK_N, BLOCK_M, HAS_WINDOW
+    )
     for INTERIOR in tl.static_range(2):  # first the blocks at the edges, where not every pair is visible
         for i in range(before if INTERIOR else 0, before + (interior if INTERIOR else after)):
-            start_m = _start(i, low, before, interior, BLOCK_M, INTERIOR)
+            start_m = start_of_block(i, low, before, interior, BLOCK_M, INTERIOR)
             q, do, lse, delta = _query_block(
-                qk_ptr, grad_out_ptr, token_rope_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_qk_t,
-                stride_grad_t, HEAD_DIM, BLOCK_D, BLOCK_M, INTERIOR, ROTATED,
+                rotated_ptr, grad_out_ptr, lse_ptr, delta_ptr, start_m, n_tokens, stride_rotated_t, stride_grad_t,
+                HEAD_DIM, BLOCK_D, BLOCK_M, INTERIOR,
             )  # fmt: skip
-            mask = _near(offs_n, start_m + tl.arange(0, BLOCK_M), n_tokens, half_window, HAS_WINDOW)
+            offs_m = start_m + tl.arange(0, BLOCK_M)
+            mask = visible_tokens(offs_n, offs_m, n_tokens, window_right, window_left, HAS_WINDOW)
             dk, dv = _grad_key_step(
                 q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION, MASKED=HAS_WINDOW and not INTERIOR
             )
@@ -365,7 +341,7 @@ def forward(inputs: dict, gate: Tensor | None, out: Tensor, lse: Tensor, keep: b
     launch(
         _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
         config, like=out, **inputs, **gate_arguments(gate), out_ptr=out, lse_ptr=lse,
-        half_window=plan.half_window, KEEP_LSE=keep,
+        **plan.window, KEEP_LSE=keep,
     )  # fmt: skip
 
 
@@ -382,19 +358,21 @@ def backward(
     register tokens' dk and dv."""
     batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
-    gated = None if gate is None else torch.empty(out.shape, dtype=grad_out.dtype, device=out.device)
+    rotated = inputs["qk_ptr"] if plan.rotated else torch.empty_like(out)
+    gated = None if gate is None else torch.empty_like(out)
     both = {
-        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, "half_window": plan.half_window,
+        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, **plan.window,
     }  # fmt: skip
     launch(
         _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
         **both, **gate_arguments(gate), out_ptr=out, grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"),
-        grad_gate_ptr=grad_gate, gated_ptr=gated, partial_ptr=partial, n_parts=n_parts,
+        grad_gate_ptr=grad_gate, rotated_ptr=rotated, gated_ptr=gated, partial_ptr=partial, n_parts=n_parts,
     )  # fmt: skip
     grad_out = grad_out if gate is None else gated
     launch(
         _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
-        **both, grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"), register_out_ptr=register_out,
+        **both, rotated_ptr=rotated, **strides("rotated", rotated, "bt"),
+        grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"), register_out_ptr=register_out,
         grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
         **strides("grad_register", grad_register_out, "br"),
     )  # fmt: skip

@@ -1,12 +1,13 @@
 """Sliding-window attention with rotary positions and register tokens, from packed qkv to (B, T, C).
 
     q, k = rotate(q), rotate(k)   interleaved channel pairs, in float32, rounded to the input's dtype
-    out_s = Σ_t softmax_t(q_s · k_t / √D) v_t,   t: every register, and the tokens with |s − t| ≤ window // 2
+    out_s = Σ_t softmax_t(q_s · k_t / √D) v_t,   t: every register, and the tokens s − left ≤ t ≤ s + right
     out_s = sigmoid(gate_s) out_s   where there are gates, one logit for each token and head
 
 Layouts: qkv (B, T, 3C) and register_qkv (B or 1, R, 3C) with any strides but a contiguous last dimension, read in
 place; rope (≥ R + T, D/2, 2) float32; gate (B, T, H); out (B, T, C) contiguous. A register token sees everything; its
-output is computed only when asked for, and is not gated. Rows past 2^31 elements are addressed in int64.
+output is computed only when asked for, and is not gated. window is (left, right), −1 for a side without an end, or the
+width of both together. Rows past 2^31 elements are addressed in int64.
 
 Two sets of kernels, chosen by shape alone: `short` (all keys of a head on chip; short sequences) and `long` (everything
 else; work and memory grow with T · (window + R)), with `registers` for the register tokens' output and gradients.
@@ -32,7 +33,8 @@ MAX_HEAD_DIM = 256
 
 
 def unsupported_reason(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool,
+    qkv: Tensor, rope: Tensor, n_head: int, window: tuple[int, int], register_qkv: Tensor | None,
+    return_registers: bool,
     gate: Tensor | None,
 ) -> str:  # fmt: skip
     """Why these kernels do not take a call; an empty string if they do."""
@@ -156,7 +158,7 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
 
 OPERATOR = Operator(
     "rope_attention",
-    "(Tensor qkv, Tensor rope, int n_head, int window, Tensor? register_qkv, bool registers_out, Tensor? gate, "
+    "(Tensor qkv, Tensor rope, int n_head, int[] window, Tensor? register_qkv, bool registers_out, Tensor? gate, "
     "bool keep) -> (Tensor out, Tensor register_out, Tensor kept)",
     results=2,
     outputs=_outputs,
@@ -168,7 +170,8 @@ OPERATOR = Operator(
 
 
 def rope_attention(
-    qkv: Tensor, rope: Tensor, n_head: int, window: int, register_qkv: Tensor | None, return_registers: bool,
+    qkv: Tensor, rope: Tensor, n_head: int, window: tuple[int, int], register_qkv: Tensor | None,
+    return_registers: bool,
     gate: Tensor | None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """`fastblocks.functional.rope_attention`, for arguments that `unsupported_reason` accepts."""

@@ -25,8 +25,8 @@ from fastblocks.kernels.attention.tiles import (
     register_arguments,
     rotate,
     store_rows,
-    visible,
 )
+from fastblocks.kernels.attention.windows import visible
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.matrix import strides
 from fastblocks.kernels.numerics import dot, round_to
@@ -53,13 +53,15 @@ def _load_keys(
 
 @triton.jit
 def _scores(
-    q, k, offs_q, offs_k, n_registers, n_rows, half_window,
+    q, k, offs_q, offs_k, n_registers, n_rows, window_left, window_right,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     s = dot(q, tl.trans(k), PRECISION)  # [queries, keys], unscaled
     if MASKED:
         s = tl.where(
-            visible(offs_q, offs_k, n_registers, n_rows, half_window, HAS_WINDOW, HAS_REGISTERS), s, float("-inf")
+            visible(offs_q, offs_k, n_registers, n_rows, window_left, window_right, HAS_WINDOW, HAS_REGISTERS),
+            s,
+            float("-inf"),
         )
     return s
 
@@ -68,7 +70,7 @@ def _scores(
 def _short_forward_kernel(
     qkv_ptr, rope_ptr, register_ptr, gate_ptr, out_ptr, register_out_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r, stride_gate_b, stride_gate_t,
-    n_tokens, n_registers, half_window, n_head, scale,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr, NO_LOOP: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -115,13 +117,15 @@ def _short_forward_kernel(
             q = round_to(rotate(q, rope_ptr, offs_m, n_rows, HEAD_DIM, BLOCK_D, EVEN), q.dtype)
 
         s_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
-        )  # [BLOCK_M, BLOCK_A]
+            q, k_a, offs_m, offs_a, n_registers, n_rows, window_left, window_right,
+            MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION,
+        )  # [BLOCK_M, BLOCK_A]  # fmt: skip
         m = tl.max(s_a, 1)
         if BLOCK_B > 0:
             s_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
-            )  # [BLOCK_M, BLOCK_B]
+                q, k_b, offs_m, offs_b, n_registers, n_rows, window_left, window_right,
+                True, HAS_WINDOW, HAS_REGISTERS, PRECISION,
+            )  # [BLOCK_M, BLOCK_B]  # fmt: skip
             m = tl.maximum(m, tl.max(s_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)  # rows past the end may have no visible key
         p_a = tl.exp2((s_a - m[:, None]) * scale)
@@ -159,7 +163,7 @@ def _short_backward_kernel(
     partial_ptr,
     stride_qkv_b, stride_qkv_t, stride_register_b, stride_register_r, stride_gate_b, stride_gate_t,
     stride_grad_b, stride_grad_t, stride_grad_register_b, stride_grad_register_r,
-    n_tokens, n_registers, half_window, n_head, scale,
+    n_tokens, n_registers, window_left, window_right, n_head, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
     ONE_BLOCK: tl.constexpr, NO_LOOP: tl.constexpr, EVEN: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -219,13 +223,15 @@ def _short_backward_kernel(
             do = round_to(do.to(tl.float32) * gate[:, None], do.dtype)
 
         p_a = _scores(
-            q, k_a, offs_m, offs_a, n_registers, n_rows, half_window, MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION
-        )  # [BLOCK_M, BLOCK_A]
+            q, k_a, offs_m, offs_a, n_registers, n_rows, window_left, window_right,
+            MASK_A, HAS_WINDOW, HAS_REGISTERS, PRECISION,
+        )  # [BLOCK_M, BLOCK_A]  # fmt: skip
         m = tl.max(p_a, 1)
         if BLOCK_B > 0:
             p_b = _scores(
-                q, k_b, offs_m, offs_b, n_registers, n_rows, half_window, True, HAS_WINDOW, HAS_REGISTERS, PRECISION
-            )  # [BLOCK_M, BLOCK_B]
+                q, k_b, offs_m, offs_b, n_registers, n_rows, window_left, window_right,
+                True, HAS_WINDOW, HAS_REGISTERS, PRECISION,
+            )  # [BLOCK_M, BLOCK_B]  # fmt: skip
             m = tl.maximum(m, tl.max(p_b, 1))
         m = tl.where(m == float("-inf"), 0.0, m)
         p_a = tl.exp2((p_a - m[:, None]) * scale)
@@ -288,7 +294,7 @@ def forward(
         _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
         qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
         **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
+        n_tokens=plan.n_tokens, n_registers=plan.n_registers, **plan.window, n_head=n_head,
         scale=plan.scale,
     )  # fmt: skip
 
@@ -304,6 +310,6 @@ def backward(
         grad_qkv_ptr=grad_qkv, grad_gate_ptr=grad_gate, partial_ptr=partial,
         **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
         **strides("grad", grad_out, "bt"), **strides("grad_register", grad_register_out, "br"),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, half_window=plan.half_window, n_head=n_head,
+        n_tokens=plan.n_tokens, n_registers=plan.n_registers, **plan.window, n_head=n_head,
         scale=plan.scale,
     )  # fmt: skip

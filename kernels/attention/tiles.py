@@ -12,7 +12,6 @@ from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E · x): the GPU has exp2 in hardware
-FAR = tl.constexpr(2**31 - 1)  # a position that no token sees
 
 
 @triton.jit
@@ -120,29 +119,6 @@ def load_gate(gate_ptr, offs, end, stride):
     """sigmoid of the logits of rows 0 ≤ offs < end of one head, 1 outside."""
     logits = tl.load(gate_ptr + offs * stride, mask=(offs >= 0) & (offs < end), other=float("inf"))
     return 1.0 / (1.0 + tl.exp2(logits.to(tl.float32) * -LOG2_E))
-
-
-@triton.jit
-def near(offs_q, offs_k, half_window):
-    """Mask [queries, keys]: |offs_q − offs_k| ≤ half_window, in one subtraction and one comparison: a difference below
-    −half_window becomes, unsigned, a large one."""
-    shifted = (offs_q + half_window)[:, None] - offs_k[None, :]
-    return shifted.to(tl.uint32, bitcast=True) <= 2 * half_window
-
-
-@triton.jit
-def visible(
-    offs_q, offs_k, n_registers, n_rows, half_window,
-    HAS_WINDOW: tl.constexpr, HAS_REGISTERS: tl.constexpr,
-):  # fmt: skip
-    """Mask [queries, keys]: whether row offs_q of the whole sequence sees row offs_k."""
-    mask = (offs_k < n_rows)[None, :]
-    if HAS_WINDOW:
-        seen = near(offs_q, offs_k, half_window)
-        if HAS_REGISTERS:
-            seen = seen | (offs_k < n_registers)[None, :] | (offs_q < n_registers)[:, None]
-        mask = mask & seen
-    return mask
 
 
 def gate_arguments(gate: Tensor | None) -> dict:

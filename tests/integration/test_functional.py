@@ -114,6 +114,9 @@ def test_every_tensor_of_a_block_has_to_fit(name):
     ("wrong", "said"),
     [
         ({"window": 0}, "window must be positive, or -1 for all, got 0"),
+        ({"window": (3, -2)}, r"window must be \(left, right\), .* got \(3, -2\)"),
+        ({"window": (1, 2, 3)}, r"window must be \(left, right\), .* got \(1, 2, 3\)"),
+        ({"window": (3, 2), "causal": True}, r"causal=True, but the window \(3, 2\) reaches 2 tokens ahead"),
         ({"gate": ones(1, 6, 4)}, r"gate must be \(1, 6, 2\), got \(1, 6, 4\)"),
         ({"gate": torch.ones(1, 6, 2, dtype=torch.int32)}, r"gate must be floating-point, got torch\.int32"),
     ],
@@ -122,6 +125,12 @@ def test_what_attention_refuses(wrong, said):
     function, tensors, keywords = CALLS["rope_attention"]
     with pytest.raises(ValueError, match=f"rope_attention: {said}"):
         function(*tensors, **(keywords | wrong))
+
+
+@pytest.mark.parametrize("rotary_dim", [0, -2, 3, 10])
+def test_what_rope_table_refuses(rotary_dim):
+    with pytest.raises(ValueError, match=f"rotary_dim must be even and at most the head size 8, got {rotary_dim}"):
+        F.rope_table(4, 8, rotary_dim=rotary_dim)
 
 
 def test_registers_and_window_of_a_block():

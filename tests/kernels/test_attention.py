@@ -98,7 +98,10 @@ def test_lengths_around_block_edges_in_blocks(device, blocks, tokens, window):
     check(device, 1, tokens, 1, 16, window=window)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 31, 64, 65, 130, 1000])
+ONE_SIDED = [(0, 40), (70, 0), (0, -1), (-1, 0), (-1, 20), (33, 3)]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 31, 64, 65, 130, 1000, *ONE_SIDED])
 def test_windows(device, blocks, window):
     check(device, 1, 150, 1, 16, window=window)
 
@@ -125,14 +128,19 @@ def small_blocks(request, blocks, monkeypatch):
     monkeypatch.setattr(config, "launch_config", launch_config)
 
 
-@pytest.mark.parametrize("tokens", [47, 64])
-def test_edges_of_windows_and_of_blocks(device, small_blocks, tokens):
-    """Half windows from one row of a block to whole blocks, ± 1: what is seen by all rows of a block needs no mask."""
+@pytest.mark.parametrize(
+    ("tokens", "forms"),
+    [(47, [lambda side: 2 * side + 1]),
+     (64, [lambda side: (side, 0), lambda side: (5, side), lambda side: (-1, side), lambda side: (side, -1)])],
+    ids=["47, both sides", "64, each its own"],
+)  # fmt: skip
+def test_edges_of_windows_and_of_blocks(device, small_blocks, tokens, forms):
+    """Sides from one row of a block to whole blocks, ± 1: what is seen by all rows of a block needs no mask."""
     qkv, rope, _ = make(device, 1, tokens, 1, 8)
     upstream = torch.randn(1, tokens, 8, device=device)
     halves = {0, 1, 7, 8, *(16 * blocks + i for blocks in (1, 2, 3) for i in (-2, -1, 0, 1))}
-    for half_window in sorted(half for half in halves if half < tokens):
-        window = 2 * half_window + 1
+    for i, side in enumerate(sorted(half for half in halves if half < tokens)):
+        window = forms[i % len(forms)](side)
         out, _, grad, *_ = run("triton", qkv, rope, 1, window, None, False, [upstream])
         wide = qkv.double().requires_grad_()
         want = reference.rope_attention(wide, rope, 1, window)[0]
@@ -155,9 +163,33 @@ def test_the_largest_window_that_is_not_full(device, in_blocks, tokens, request)
                 assert relative_error(functional.rope_attention(qkv, rope, 1, window=window), want) < 1e-5, window
 
 
-@pytest.mark.parametrize("window", [1, 2, 9, 40])
+@pytest.mark.parametrize("window", [1, 2, 9, 40, (9, 0), (-1, 0), (0, -1), (3, 12)])
 def test_windows_of_short_sequences(device, window):
     check(device, 1, 50, 2, 16, window=window)
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("window", [(12, 0), (-1, 0), (2, 30)])
+def test_registers_beside_windows_of_two_sides(device, in_blocks, window, request):
+    if in_blocks:
+        request.getfixturevalue("blocks")
+    check(device, 2, 45, 1, 16, window, 3, True, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_causal(device, name):
+    """causal=True takes the right side away from any window."""
+    qkv, rope, register_qkv = make(device, 1, 40, 2, 8, 2)
+    cases = {-1: (-1, 0), 9: (4, 0), (4, None): (4, 0), (None, -1): (-1, 0), (3, 0): (3, 0)}
+    with use_backend(name):
+        for window, same in cases.items():
+            got = functional.rope_attention(qkv, rope, 2, window=window, causal=True, register_qkv=register_qkv)
+            want = functional.rope_attention(qkv, rope, 2, window=same, register_qkv=register_qkv)
+            assert torch.equal(got, want), window
+            assert relative_error(got, reference.rope_attention(qkv, rope, 2, same, register_qkv)[0]) < 1e-5
+        assert torch.equal(
+            functional.rope_attention(qkv, rope, 2, window=(39, None)), functional.rope_attention(qkv, rope, 2)
+        )
 
 
 @pytest.mark.parametrize(
@@ -342,6 +374,22 @@ def test_a_rope_table_that_is_learned_gets_its_gradient(device):
     assert decisions[0].backend == "eager" and "rope table" in decisions[0].reason, decisions
     got, _ = torch.autograd.grad(out, (rope, qkv), upstream)
     assert want.abs().sum() > 0 and relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["eager", "triton"])
+def test_partial_rotary(device, name):
+    """Of 16 channels a head the first 6 turn, as a head of 6 channels would."""
+    qkv, _, _ = make(device, 1, 20, 1, 16)
+    rope = functional.rope_table(20, 16, rotary_dim=6).to(device)
+    small = functional.rope_table(20, 6)
+    assert torch.equal(rope[:, :3].cpu(), small)
+    rows = qkv[0].double().cpu()
+    for start in (0, 16):
+        rows[:, start : start + 6] = reference.rotate(rows[:, start : start + 6], small)
+    q, k, v = rows.split(16, 1)
+    want = torch.softmax(q @ k.T / 4, -1) @ v
+    with use_backend(name):
+        assert relative_error(functional.rope_attention(qkv, rope, 1)[0], want) < 1e-5
 
 
 def test_two_tiles_hold_the_keys():

@@ -15,7 +15,7 @@ from tests.compare import relative_error
 OPERATORS = all_operators()
 
 
-def attention(tokens, registers, registers_out, window=-1, gated=False):
+def attention(tokens, registers, registers_out, window=(-1, -1), gated=False):
     def make():
         qkv, register_qkv = torch.randn(2, tokens, 48), torch.randn(1, registers, 48) if registers else None
         rope = functional.rope_table(registers + tokens, 8)
@@ -101,9 +101,9 @@ WITH_X = {"rope_attention": (4, 6), "roformer_block": (11,)}  # by operator: wha
 
 CASES = {
     "attention, short": attention(18, 0, False),
-    "attention, short, registers": attention(18, 2, True, 8, gated=True),
-    "attention, long": attention(150, 0, False, 20, gated=True),
-    "attention, long, registers": attention(150, 3, True, 20),
+    "attention, short, registers": attention(18, 2, True, (4, 4), gated=True),
+    "attention, long": attention(150, 0, False, (-1, 0), gated=True),
+    "attention, long, registers": attention(150, 3, True, (10, 10)),
     "attention, registers that nobody asks": attention(150, 3, False),
     "GRU, fused": recurrence(3, 8, False, True),
     "GRU, projection apart": recurrence(3, 40, True, True),
@@ -292,7 +292,7 @@ def test_the_public_functions_run_on_operators(device):
 def large(name):
     """Arguments on the meta device with a batch that no second or third dimension of a grid takes."""
     batch, sizes = 70000, {
-        "rope_attention": lambda b: (empty(b, 40, 48), empty(40, 4, 2), 2, -1, None, False, None),
+        "rope_attention": lambda b: (empty(b, 40, 48), empty(40, 4, 2), 2, (-1, -1), None, False, None),
         "grouped_rnn": lambda b: (
             empty(b, 3, 80), empty(1, 2, 24, 40), empty(1, 2, 24, 8), *[None] * 4, torch.float32, None,
         ),

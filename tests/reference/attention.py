@@ -14,14 +14,15 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return result
 
 
-def visible(n_tokens: int, n_registers: int, window: int) -> Tensor:
+def visible(n_tokens: int, n_registers: int, window: int | tuple[int, int]) -> Tensor:
     """(R + T, R + T): which row sees which."""
+    left, right = (window // 2, window // 2) if isinstance(window, int) else window
     rows = n_registers + n_tokens
     mask = torch.zeros(rows, rows, dtype=torch.bool)
     for s in range(rows):
         for t in range(rows):
             register = s < n_registers or t < n_registers
-            mask[s, t] = register or window == -1 or abs(s - t) <= window // 2
+            mask[s, t] = register or ((left == -1 or t >= s - left) and (right == -1 or t <= s + right))
     return mask
 
 
@@ -29,7 +30,7 @@ def rope_attention(
     qkv: Tensor,
     rope: Tensor,
     n_head: int,
-    window: int = -1,
+    window: int | tuple[int, int] = -1,
     register_qkv: Tensor | None = None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
