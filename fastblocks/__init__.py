@@ -28,6 +28,7 @@ _find_kernels()
 from fastblocks import functional
 from fastblocks.backend import explain, use_backend
 from fastblocks.convert import conversion_report, convert
+from fastblocks.discriminator.EnsembleDiscriminator import EnsembleDiscriminator
 from fastblocks.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from fastblocks.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from fastblocks.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -46,6 +47,7 @@ __all__ = [
     "Band",
     "ConvNeXt1DBlock",
     "ConvNeXt2DBlock",
+    "EnsembleDiscriminator",
     "Fourier",
     "GroupedRNN",
     "MultiFrequencyDiscriminator",

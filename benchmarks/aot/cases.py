@@ -194,6 +194,8 @@ def weights_of_discriminators() -> dict[str, list[tuple[int, ...]]]:
     """Shapes of the normed weights of each discriminator."""
     found = {}
     for workload in discriminators.workloads("full"):
+        if workload.is_operation:
+            continue
         with torch.device("meta"):
             convs = workload.build(fastblocks).modules()
         found[workload.name] = [tuple(conv.weight_orig.shape) for conv in convs if hasattr(conv, "weight_orig")]

@@ -5,6 +5,7 @@ to write such a model would not write: nn modules, autograd's own derivatives, t
 """
 
 from benchmarks.original import functional
+from benchmarks.original.discriminator.EnsembleDiscriminator import EnsembleDiscriminator
 from benchmarks.original.discriminator.MultiFrequencyDiscriminator import MultiFrequencyDiscriminator
 from benchmarks.original.discriminator.MultiPeriodDiscriminator import MultiPeriodDiscriminator
 from benchmarks.original.discriminator.MultiResolutionDiscriminator import MultiResolutionDiscriminator
@@ -21,6 +22,7 @@ __all__ = [
     "Band",
     "ConvNeXt1DBlock",
     "ConvNeXt2DBlock",
+    "EnsembleDiscriminator",
     "Fourier",
     "MultiFrequencyDiscriminator",
     "MultiPeriodDiscriminator",

@@ -134,3 +134,34 @@ def convnext_mlp(x, weight1, bias1, weight2, bias2, *, residual=None):
     """(B, *sizes, C) -> (B, C_out, *sizes)."""
     y = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2).movedim(-1, 1)
     return y if residual is None else y + residual
+
+
+def spectral_norms(weights, us, vs, *, n_power_iterations=1, eps=1e-12):
+    """As torch.nn.utils.spectral_norm does it, weight by weight."""
+    normed = []
+    for weight, u, v in zip(weights, us, vs, strict=True):
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            for _ in range(n_power_iterations):
+                F.normalize(torch.mv(matrix.T, u), dim=0, eps=eps, out=v)
+                F.normalize(torch.mv(matrix, v), dim=0, eps=eps, out=u)
+        u, v = u.clone(), v.clone()
+        normed.append(weight / torch.dot(u, torch.mv(matrix, v)))
+    return normed
+
+
+def weight_norms(vs, gs):
+    return [torch._weight_norm(v, g, 0) for v, g in zip(vs, gs, strict=True)]
+
+
+def discriminator_loss(real, fake):
+    return sum((1 - r).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)) / len(real)
+
+
+def adversarial_loss(fake):
+    return sum((1 - f).square().mean() for f in fake) / len(fake)
+
+
+def feature_matching(real, fake):
+    pairs = [(r.detach(), f) for rs, fs in zip(real, fake, strict=True) for r, f in zip(rs, fs, strict=True)]
+    return sum((r - f).abs().mean() / (r.abs().mean() + 1e-5) for r, f in pairs) / len(pairs)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fastblocks import functional
+
 STFT_SIZES = (2048, 512, 128)  # samples; hop a quarter
 EPSILON = 1e-5
 WEIGHTS = {"waveform": 1.0, "spectral": 0.5, "adversarial": 0.02, "feature": 0.05}
@@ -35,22 +37,6 @@ def spectral_loss(estimate: Tensor, target: Tensor) -> Tensor:
     return total / len(STFT_SIZES)
 
 
-def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
-    """Least squares (Mao et al., "LSGAN", 2017): real scores toward 1, fake scores toward 0."""
-    return sum((1 - r).square().mean() + f.square().mean() for r, f in zip(real, fake, strict=True)) / len(real)
-
-
-def adversarial_loss(fake: list[Tensor]) -> Tensor:
-    """Least squares: the generator wants fake scores of 1."""
-    return sum((1 - f).square().mean() for f in fake) / len(fake)
-
-
-def feature_loss(real: list, fake: list) -> Tensor:
-    """Feature matching (Kumar et al., "MelGAN", 2019): mean absolute difference, relative to the real maps' level."""
-    pairs = [(r.detach(), f) for rs, fs in zip(real, fake, strict=True) for r, f in zip(rs, fs, strict=True)]
-    return sum((r - f).abs().mean() / (r.abs().mean() + EPSILON) for r, f in pairs) / len(pairs)
-
-
 def descend(restore: Callable, judge: Callable, critic: nn.Module | None, mixture: Tensor, target: Tensor) -> dict:
     """Leave the gradients of one step on the parameters: the discriminator's of its loss, the model's of `total`.
 
@@ -68,11 +54,14 @@ def descend(restore: Callable, judge: Callable, critic: nn.Module | None, mixtur
     parts, critic_loss = {}, torch.zeros(())
     if critic:
         (real, real_maps), (fake, _) = judge(target), judge(restored.detach())
-        critic_loss = discriminator_loss(real, fake)
+        critic_loss = functional.discriminator_loss(real, fake)
         critic_loss.backward()
         critic.requires_grad_(False)
         fake, fake_maps = judge(restored)
-        parts = {"adversarial": adversarial_loss(fake), "feature": feature_loss(real_maps, fake_maps)}
+        parts = {
+            "adversarial": functional.adversarial_loss(fake),
+            "feature": functional.feature_matching(real_maps, fake_maps),
+        }
     parts = {"waveform": waveform_loss(restored, target), "spectral": spectral_loss(restored, target)} | parts
     total = sum(WEIGHTS[name] * value for name, value in parts.items())
     total.backward()

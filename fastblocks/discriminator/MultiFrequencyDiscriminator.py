@@ -13,6 +13,7 @@ from fastblocks.discriminator._layers import (
     SpectrumDiscriminator,
     run_layers,
     same_padding,
+    shared,
 )
 
 # out channels in units of hidden_channels, kernel, stride, dilation
@@ -52,12 +53,16 @@ class FrequencyDiscriminator(SpectrumDiscriminator):
         self.output_conv = nn.Conv2d(width, 1, (3, 3), padding=(1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        energy = wide.square().sum(dim=(1, 2), keepdim=True)
-        spectrum = self.spectrum(wide / (energy + torch.finfo(torch.float32).eps).sqrt())
+        spectrum = self.spectrum(shared(("unit energy",), x, lambda: _of_unit_energy(x)))
         fmap: list[Tensor] = []
         y = run_layers(self.layers, spectrum[..., : self.bins].to(x.dtype), fmap)
         return self.output_conv(y), fmap
+
+
+def _of_unit_energy(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    energy = wide.square().sum(dim=(1, 2), keepdim=True)
+    return wide / (energy + torch.finfo(torch.float32).eps).sqrt()
 
 
 class MultiFrequencyDiscriminator(Discriminators):

@@ -1,7 +1,8 @@
 """What the discriminators share: a convolution with a norm of its weight, and spectra as channels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
 
-from fastblocks import functional
+from fastblocks import backend, functional
+from fastblocks.eager import convolution
 from fastblocks.spectral_ops import short_time_spectrum
 
 Scores = list[Tensor]
@@ -49,7 +51,12 @@ class Conv1d(_DerivedWeight, nn.Conv1d):
 
 
 class Conv2d(_DerivedWeight, nn.Conv2d):
-    pass
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        other = self.kernel_size[1], self.stride[1], self.padding[1], self.dilation, self.groups, self.padding_mode
+        along_time = other == (1, 1, 0, (1, 1), 1, "zeros")
+        if along_time and convolution.is_quicker(input, weight, self.stride[0], self.padding[0]):
+            return convolution.convolve(input, weight, bias, self.stride[0], self.padding[0])
+        return super()._conv_forward(input, weight, bias)
 
 
 class SpectralNorm(TorchSpectralNorm):
@@ -129,10 +136,11 @@ _PREPARED = "_prepared_weight"
 
 def prepared_weights(module: nn.Module) -> AbstractContextManager:
     """Inside it the normed weights of all convolutions below the module are there before they run, each for one run:
-    computed together, on a GPU in three launches instead of twelve a convolution. One that runs again computes its own,
-    as it would have.
+    computed together, in three launches instead of twelve a convolution. One that runs again computes its own, as it
+    would have.
 
-    Not under `torch.compile`, which sees the formulas of each convolution.
+    Not under `torch.compile`, which sees the formulas of each convolution; not on a CPU, where weights that are made
+    one by one reuse memory: pages that are touched first take ten times as long as the division.
     """
     return nullcontext() if torch.compiler.is_compiling() else _prepared(module)
 
@@ -143,9 +151,13 @@ def _prepared(module: nn.Module) -> Iterator[None]:
     for conv in module.modules():
         hooks = [hook for hook in conv._forward_pre_hooks.values() if type(hook) in (SpectralNorm, WeightNorm)]
         if len(hooks) == 1 and hooks[0].name == "weight" and hooks[0].dim == 0 and _PREPARED not in conv.__dict__:
-            groups.setdefault((type(hooks[0]), *hooks[0].group(conv)), (hooks[0], []))[1].append(conv)
+            key = type(hooks[0]), *hooks[0].group(conv)
+            if key[-1].type != "cpu" or backend.selected() == "triton":
+                groups.setdefault(key, (hooks[0], []))[1].append(conv)
     try:
         for (_, arguments, *_), (hook, convs) in groups.items():
+            for conv in convs:  # the last forward's, so that they are not held twice
+                conv.__dict__.pop("weight", None)
             for conv, weight in zip(convs, hook.compute_weights(convs, *arguments), strict=True):
                 conv.__dict__[_PREPARED] = weight
         yield
@@ -219,12 +231,40 @@ class Discriminators(nn.Module):
                 f"the shortest clip that works has {shortest}"
             )
         scores, fmaps = [], []
-        with prepared_weights(self):
+        with prepared_weights(self), shared_spectra():
             for discriminator in self.discriminators:
                 score, fmap = discriminator(x)
                 scores.append(score)
                 fmaps.append(fmap)
         return scores, fmaps
+
+
+_spectra: ContextVar[dict[tuple, tuple] | None] = ContextVar("fastblocks_spectra", default=None)
+
+
+def shared_spectra() -> AbstractContextManager:
+    """Inside it `shared` computes once what is asked for again. Not under `torch.compile`, which does so by itself."""
+    return nullcontext() if torch.compiler.is_compiling() or _spectra.get() is not None else _shared_spectra()
+
+
+@contextmanager
+def _shared_spectra() -> Iterator[None]:
+    token = _spectra.set({})
+    try:
+        yield
+    finally:
+        _spectra.reset(token)
+
+
+def shared(key: tuple, x: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """What `compute` gives for the clip x; `key` says what that is."""
+    known = None if torch.compiler.is_compiling() else _spectra.get()
+    if known is None:
+        return compute()
+    key = (*key, id(x), x._version if not x.is_inference() else 0, torch.is_grad_enabled())
+    if key not in known:
+        known[key] = x, compute()  # x, so that its id stays its own
+    return known[key][1]
 
 
 class SpectrumDiscriminator(nn.Module):
@@ -244,6 +284,9 @@ class SpectrumDiscriminator(nn.Module):
 
     def spectrum(self, x: Tensor) -> Tensor:
         """(B, nch, T) -> (B, 2·nch, frames, bins), channels left.re, left.im, right.re, …; in x's dtype."""
+        return shared((self.window_length, self.hop_length), x, lambda: self._spectrum(x))
+
+    def _spectrum(self, x: Tensor) -> Tensor:
         window = torch.hann_window(
             self.window_length, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
         )

@@ -9,15 +9,19 @@ from fastblocks.functional.attention import rope_attention, rope_table
 from fastblocks.functional.bands import band_split, band_unsplit
 from fastblocks.functional.blocks import rnn_block, roformer_block
 from fastblocks.functional.convnext import convnext_mlp, depthwise_conv_layer_norm
+from fastblocks.functional.losses import adversarial_loss, discriminator_loss, feature_matching
 from fastblocks.functional.recurrent import grouped_gru, grouped_lstm
 from fastblocks.functional.rows import rms_norm, swiglu, swiglu_mlp
 from fastblocks.functional.weights import spectral_norm, spectral_norms, weight_norms
 
 __all__ = [
+    "adversarial_loss",
     "band_split",
     "band_unsplit",
     "convnext_mlp",
     "depthwise_conv_layer_norm",
+    "discriminator_loss",
+    "feature_matching",
     "grouped_gru",
     "grouped_lstm",
     "rms_norm",

@@ -28,6 +28,7 @@ CLASSES = {
     "generator.ConvNeXt2DBlock": ["ConvNeXt2DBlock"],
     "discriminator.MultiPeriodDiscriminator": ["MultiPeriodDiscriminator"],
     "discriminator.MultiScaleDiscriminator": ["MultiScaleDiscriminator"],
+    "discriminator.EnsembleDiscriminator": ["EnsembleDiscriminator"],
     "discriminator.MultiResolutionDiscriminator": ["MultiResolutionDiscriminator"],
     "discriminator.MultiFrequencyDiscriminator": ["MultiFrequencyDiscriminator"],
     "spectral_ops": ["Fourier", "Band"],
@@ -205,6 +206,7 @@ CONSTRUCTORS = {
         ("hidden_channels", 32),
     ],
     "MultiFrequencyDiscriminator": ["nch", "window_sizes", ("hidden_channels", 8), RATE, NORM],
+    "EnsembleDiscriminator": ["discriminators"],
     "Fourier": [("n_fft", 2048), ("hop_length", 441)],
     "Band": ["sr", "n_fft", "bands_num", "in_channels", "out_channels", ("scale", "mel")],
 }  # fmt: skip
