@@ -75,10 +75,14 @@ def columns(rows: list[dict], everything: bool) -> list[tuple[str, Callable[[dic
 
 
 def _both(mode: str, key: str, text: Callable, by: dict[str, dict]) -> str:
-    """The baseline's and ours, or in a word why there is none; once if it is the same word."""
+    """The baseline's and ours, or in a word why there is none; once if neither is there for the same reason."""
     pair = [by[mode].get(name, {}) for name in (BASELINE, OURS)]
-    cells = [text(row[key]) if row.get(key) else row.get("refused", "–").partition(":")[0] for row in pair]
-    return cells[0] if not any(row.get(key) for row in pair) and cells[0] == cells[1] else "→".join(cells)
+    reasons = [row.get("refused") for row in pair]
+    cells = [
+        text(row[key]) if row.get(key) else (why or "–").partition(":")[0]
+        for row, why in zip(pair, reasons, strict=True)
+    ]
+    return cells[0] if reasons[0] and reasons[0] == reasons[1] else "→".join(cells)
 
 
 def _one(mode: str, provider: str, key: str = "speedup", text: Callable = "{:.2f}".format, *, by: dict) -> str:

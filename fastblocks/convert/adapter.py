@@ -66,7 +66,7 @@ class Block:
     def shape(self, key: str) -> torch.Size:
         """The shape of an entry of the state_dict."""
         if key not in self.state:
-            raise Foreign(f"its state_dict has no '{key}'")
+            raise Foreign(f"it is built in another way: its state_dict has no '{key}'")
         return self.state[key].shape
 
     def says(self, argument: str, value: Any) -> Any:

@@ -5,9 +5,10 @@ import weakref
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
 
 from fastblocks.convert.compare import HOOKS
-from fastblocks.discriminator._layers import SpectralNorm
+from fastblocks.discriminator._layers import SpectralNorm, WeightNorm
 
 
 def adopt(original: nn.Module, replacement: nn.Module) -> None:
@@ -37,12 +38,14 @@ def _adopt_child(child: nn.Module, twin: nn.Module) -> None:
     twin.training = child.training
     for name, value in child.__dict__.items():
         if isinstance(value, Tensor) and isinstance(twin.__dict__.get(name), Tensor):
-            twin.__dict__[name] = value  # a weight that spectral norm derived
+            twin.__dict__[name] = value  # a weight that a norm derived
     for name in HOOKS:
         twin.__dict__[name] = child.__dict__[name]  # the dict itself, which the handles that remove hooks refer to
     for key, hook in twin._forward_pre_hooks.items():
         if type(hook) is TorchSpectralNorm:
             twin._forward_pre_hooks[key] = SpectralNorm(hook.name, hook.n_power_iterations, hook.dim, hook.eps)
+        if type(hook) is TorchWeightNorm:
+            twin._forward_pre_hooks[key] = WeightNorm(hook.name, hook.dim)
     for hook in twin._load_state_dict_pre_hooks.values():
         if isinstance(hook, _WrappedHook) and hook.with_module:
             hook.module = weakref.ref(twin)

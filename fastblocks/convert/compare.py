@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastblocks.convert.adapter import Call, Foreign, Refused
 
@@ -152,22 +153,25 @@ def compare(
                 raise Refused(f"{where} gives other shapes: {shapes[0][:3]}, not {shapes[1][:3]}")
             error = max(_error(got, want) for got, want in zip(ours, theirs, strict=True))
             if not error <= TOLERANCE:
-                raise Refused(f"{where} computes something else (relative difference {error:.1e})")
+                raise Refused(
+                    f"{where} computes something else than fastblocks' block, as another eps, activation or formula "
+                    f"does (relative difference {error:.1e})"
+                )
             worst = max(worst, error)
     return worst
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, without hooks but for spectral norm's."""
+    """A copy in float64 on the CPU, without hooks but for those of norms."""
     memo: dict[int, object] = {}
     for child in module.modules():
         for name in HOOKS:
             hooks = child.__dict__.get(name)
             if isinstance(hooks, dict):
-                spectral = [(k, hook) for k, hook in hooks.items() if isinstance(hook, SpectralNorm)]
-                memo[id(hooks)] = OrderedDict(spectral)
+                norms = [(k, hook) for k, hook in hooks.items() if isinstance(hook, SpectralNorm | WeightNorm)]
+                memo[id(hooks)] = OrderedDict(norms)
         for value in child.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that spectral norm derived
+            if isinstance(value, Tensor) and not value.is_leaf:  # a weight that a norm derived
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(module, memo).cpu().double().requires_grad_(False)
 
@@ -194,7 +198,7 @@ def _run(who: str, module: nn.Module, call: Call, scale: float) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(1)
     x = (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_(module.training)
     torch.default_generator.manual_seed(1)  # and no GPU's: those numbers are the caller's
-    run = module if method == "forward" else getattr(module, method)  # as a module, so that spectral norm's hooks run
+    run = module if method == "forward" else getattr(module, method)  # as a module, so that hooks of norms run
     try:
         outputs = list(_tensors(run(x, *further, **named)))
         if not module.training:

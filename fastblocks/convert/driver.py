@@ -75,8 +75,12 @@ def convert(
     plans: dict[nn.Module, _Plan] = {}  # a block that stands in two places stays one
     places: list[tuple[str, nn.Module]] = []
     inside: list[str] = []  # what becomes of a block's children is its own affair
-    for path, module, adapter in _find(model, only, skip):
+    rows: dict[str, Row] = {}
+    for path, module, adapter in _find(model):
         if any(path.startswith(outer) for outer in inside):
+            continue
+        if reason := _left_out(path, module, only, skip):
+            rows[path] = Row(path, type(module).__name__, False, reason)
             continue
         places.append((path, module))
         if module not in plans:
@@ -87,7 +91,8 @@ def convert(
     _keep_what_is_held_elsewhere(model, plans)
     asked = {*arguments, *(only or ())}
     _raise_together(list(plans.values()), asked, strict)
-    rows = [_row(path, plans[module]) for path, module in places]
+    rows |= {path: _row(path, plans[module]) for path, module in places}
+    order = [path for path, _ in model.named_modules(remove_duplicate=False) if path in rows]
     for module, plan in plans.items():
         if plan.replacement is not None:
             adopt(module, plan.replacement)
@@ -96,7 +101,7 @@ def convert(
     for path, module in places:
         if (replacement := plans[module].replacement) is not None:
             result = _put(model, path, replacement) if path else replacement
-    remember(result, ConversionReport(tuple(rows)))
+    remember(result, ConversionReport(tuple(rows[path] for path in order)))
     return result
 
 
@@ -111,12 +116,19 @@ def _names(path: str, module: nn.Module) -> set[str]:
     return {type(module).__name__, *(".".join(parts[: n + 1]) for n in range(len(parts)))}
 
 
-def _find(model: nn.Module, only, skip) -> Iterator[tuple[str, nn.Module, Adapter]]:
+def _find(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     """Blocks of a known name, outer ones first; a block that stands in several places is found in each."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        adapter, names = adapter_of(module), _names(path, module)
-        if adapter is not None and (only is None or names & set(only)) and not (skip and names & set(skip)):
+        if (adapter := adapter_of(module)) is not None:
             yield path, module, adapter
+
+
+def _left_out(path: str, module: nn.Module, only, skip) -> str:
+    """Why a block is none of those that were asked for; empty if it is."""
+    names = _names(path, module)
+    if skip and names & set(skip):
+        return "skip names it"
+    return "" if only is None or names & set(only) else "only does not name it"
 
 
 def _require_known(model: nn.Module, given: dict[str, Collection[str]]) -> None:
@@ -218,7 +230,7 @@ def _empty(replacement: nn.Module) -> None:
     replacement.to("meta")
     for child in replacement.modules():
         for name, value in child.__dict__.items():
-            if isinstance(value, torch.Tensor):  # a weight that spectral norm derived
+            if isinstance(value, torch.Tensor):  # a weight that a norm derived
                 child.__dict__[name] = value.detach().to("meta")
 
 

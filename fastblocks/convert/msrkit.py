@@ -158,9 +158,9 @@ def _image(arguments: Arguments) -> list[Call]:
 
 def _judge(block: Block, first: str) -> tuple[torch.Size, Arguments]:
     """The shape of the first convolution's weight (out, in, …), and whether all are normed."""
-    normed = any(key.endswith("weight_orig") for key in block.state)
-    shape = block.shape(f"discriminators.0.{first}conv.weight{'_orig' if normed else ''}")
-    return shape, {"norm": block.says("norm", normed)}
+    endings = {"_orig": True, "_v": "weight", "": False}  # spectral norm also has a weight_v
+    end = next(end for end in endings if f"discriminators.0.{first}conv.weight{end}" in block.state or not end)
+    return block.shape(f"discriminators.0.{first}conv.weight{end}"), {"norm": block.says("norm", endings[end])}
 
 
 def _multi_period(block: Block) -> Arguments:

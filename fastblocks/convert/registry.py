@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fastblocks.convert import bs_roformer, msrkit, timm, vocos, x_transformers
+from fastblocks.convert import bs_roformer, hifi_gan, msrkit, timm, vocos, x_transformers
 from fastblocks.convert.adapter import Adapter
 
-FAMILIES = (msrkit, bs_roformer, timm, vocos, x_transformers)
+FAMILIES = (hifi_gan, msrkit, bs_roformer, timm, vocos, x_transformers)
 ADAPTERS: dict[str, list[Adapter]] = {}
 for _family in FAMILIES:
     for _name, _adapters in _family.ADAPTERS.items():

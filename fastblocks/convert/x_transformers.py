@@ -17,7 +17,7 @@ SKIPPED = ("attend", "split_q_heads", "split_k_heads", "split_v_heads", "merge_h
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of x-transformers, not causal, (B, T, C) -> (B, T, C), with the original's state_dict.
+    """Multi-head self-attention of x-transformers, (B, T, C) -> (B, T, C), with the original's state_dict.
 
     q, k and v in one product, rotation of some or all channels of a head, softmax attention, Linear. `convert` makes it
     a subclass of the original's class: any call that is not self-attention with rotary positions and nothing else
@@ -33,11 +33,21 @@ class Attention(nn.Module):
         heads: H.
         dim_head: D, channels of a head, even.
         interleaved: which channels make a pair: neighbours, or those half of the rotated channels apart.
+        causal: no token sees a later one.
+        max_attend_past: how many tokens before it a token sees; None: all of them.
     """
 
-    def __init__(self, dim: int, heads: int, dim_head: int, interleaved: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int,
+        interleaved: bool = True,
+        causal: bool = False,
+        max_attend_past: int | None = None,
+    ):
         super().__init__()
-        self.heads, self.interleaved = heads, interleaved
+        self.heads, self.interleaved, self.causal, self.max_attend_past = heads, interleaved, causal, max_attend_past
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * dim_head, bias=False) for _ in range(3))
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
@@ -45,8 +55,8 @@ class Attention(nn.Module):
         """x (B, T, C); `rotary_pos_emb`: angles ((1,) T or more, rotated channels) and a scale.
 
         Returns:
-            (B, T, C); with `return_intermediates` a pair of it and the original's Intermediates, whose `values` are v
-            (B, H, T, D) and whose attention matrices are None.
+            (B, T, C); with `return_intermediates` a pair of it and the original's Intermediates, whose `values` are v,
+            whose `cached_kv` are k and v (B, H, T, D), not rotated, and whose attention matrices are None.
         """
         if reason := self._reason_against(x, others, rotary_pos_emb, named):
             backend.declined("rope_attention", reason)
@@ -54,15 +64,20 @@ class Attention(nn.Module):
             return super().forward(x, *others, **named)
         angles = rotary_pos_emb[0].detach().flatten(0, -2)  # (1, T, r), before version 2 (T, r)
         qkv = self._projections(x, angles.shape[-1])
-        y = self.to_out(functional.rope_attention(qkv, self._table(angles, x.shape[1]), self.heads))
+        window = self.max_attend_past, 0 if self.causal else None
+        y = functional.rope_attention(qkv, self._table(angles, x.shape[1]), self.heads, window=window)
+        y = self.to_out(y)
         if not return_intermediates:
             return y
         intermediates = self._intermediates()
-        intermediates.values = qkv.chunk(3, dim=-1)[2].unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        _, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
+        intermediates.values, intermediates.cached_kv = v, (self._as_they_were(k, angles.shape[-1]), v)
         return y, intermediates
 
     def _reason_against(self, x: Tensor, others: tuple, rotary, named: dict) -> str:
         """Why the original's own forward has to run; empty where the fused one may."""
+        if named.get("causal") is self.causal:
+            named = {name: value for name, value in named.items() if name != "causal"}
         # `pos` belongs to `rel_pos`, and comes without it, too
         if others or (
             given := [n for n, value in named.items() if n != "pos" and value is not None and value is not False]
@@ -98,6 +113,12 @@ class Attention(nn.Module):
         heads = t.movedim(dim, 0).unflatten(0, (self.heads, -1))  # (H, D, …)
         halves = heads[:, :rotated].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return torch.cat((halves, heads[:, rotated:]), dim=1).flatten(0, 1).movedim(0, dim)
+
+    def _as_they_were(self, k: Tensor, rotated: int) -> Tensor:
+        """(…, D), `_in_pairs` undone."""
+        if self.interleaved:
+            return k
+        return torch.cat((k[..., :rotated].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), k[..., rotated:]), -1)
 
     def _table(self, angles: Tensor, length: int) -> Tensor:
         """(length, D/2, 2), cosines and sines; channels that are not rotated have the angle 0."""
@@ -161,7 +182,6 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 USUAL = {  # attribute -> its value, and what else it would be
-    "causal": (False, "it is causal"),
     "qk_norm": (False, "it normalizes q and k (qk_norm)"),
     "q_rmsnorm": (None, "it normalizes q and k (qk_rmsnorm)"),
     "k_rmsnorm": (None, "it normalizes k (k_rmsnorm)"),
@@ -172,7 +192,6 @@ USUAL = {  # attribute -> its value, and what else it would be
     "to_v_head_gate": (None, "it gates heads (gate_value_heads)"),
     "to_output_gate": (None, "it gates its output (output_gate)"),
     "attn_on_attn": (False, "it has attention on attention (on_attn)"),
-    "max_attend_past": (None, "it sees a limited past (max_attend_past)"),
     "sparse_topk": (None, "it attends to the largest scores only (sparse_topk)"),
     "laser": (False, "it attends to exponentials (laser)"),
     "use_latent_q": (False, "its queries are latent (use_latent_q)"),
@@ -212,6 +231,8 @@ def _attention(block: Block) -> Arguments:
         "heads": heads,
         "dim_head": block.says("dim_head", head),
         "interleaved": block.says("interleaved", bool(_module_of(module).rotate_half(torch.arange(4.0))[1] == 0)),
+        "causal": block.says("causal", module.causal),
+        "max_attend_past": block.says("max_attend_past", getattr(module, "max_attend_past", None)),
     }
 
 

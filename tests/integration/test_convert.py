@@ -129,7 +129,11 @@ def test_only_and_skip_take_classes_and_paths():
     fastblocks.convert(model, only=["a", "RNNBlock"], skip=["a.3", "AttentionRegisterRoFormerBlock"])
     assert [ours(block) for block in model["a"]] == [True, True, False, False]
     assert [ours(block) for block in model["b"]] == [False, True, False, False]
-    assert fastblocks.conversion_report(model).swapped == ["a.0", "a.1", "b.1"]
+    report = fastblocks.conversion_report(model)
+    assert report.swapped == ["a.0", "a.1", "b.1"]
+    assert [row.path for row in report.rows] == [f"{name}.{i}" for name in "ab" for i in range(4)]
+    both, neither = "skip names it", "only does not name it"
+    assert report.left == {"a.2": both, "a.3": both, "b.0": neither, "b.2": both, "b.3": neither}
 
 
 @pytest.mark.parametrize("option", ["arguments", "only", "skip"])

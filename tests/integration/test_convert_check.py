@@ -310,13 +310,14 @@ class PeriodStack(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("norm", [weight_norm, spectral_norm, lambda conv: conv])
-def test_a_period_discriminator_of_another_kit(norm):
-    class MultiPeriodDiscriminator(Judges):
-        pass
-
-    left_alone(
-        MultiPeriodDiscriminator([PeriodStack(2, norm), PeriodStack(3, norm)]), "has no 'discriminators.0.layers.0."
-    )
+def test_discriminators_of_other_kits(norm):
+    for name in ("MultiPeriodDiscriminator", "MultiScaleDiscriminator", "MultiResolutionDiscriminator"):
+        judges = type(name, (Judges,), {})([PeriodStack(2, norm), PeriodStack(3, norm)])
+        left_alone(judges, "it is of HiFi-GAN's build", "nothing to gain")
+    for name in ("MPD", "MSD", "MRD"):  # DAC's
+        left_alone(type(name, (PeriodStack,), {})(2, norm), "it is of HiFi-GAN's build")
+    model = nn.Sequential(type("MPD", (nn.Module,), {})())
+    assert not fastblocks.conversion_report(fastblocks.convert(model)).rows
 
 
 def test_other_known_names_with_nothing_known_inside():

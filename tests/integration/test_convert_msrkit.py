@@ -8,6 +8,7 @@ from torch import nn
 
 import fastblocks
 from benchmarks import original
+from fastblocks.discriminator._layers import WeightNorm
 from tests.integration import kit
 
 
@@ -152,6 +153,7 @@ def test_rnn_arguments_are_read_from_the_block(rnn_type, layers, groups, both):
     swapped(original.RNNBlock(16, layers, groups, rnn_type, both), torch.randn(2, 9, 16))
 
 
+JUDGED = {"MultiResolutionDiscriminator": "band_discriminators.0.0.conv"}
 JUDGES = {
     "MultiPeriodDiscriminator": ((2, 44100, [2, 3]), {}),
     "MultiScaleDiscriminator": ((44100, [1, 3], 2), {}),
@@ -160,18 +162,28 @@ JUDGES = {
 }
 
 
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [True, False, "weight"])
 @pytest.mark.parametrize("name", JUDGES)
 def test_discriminators(name, norm):
     arguments, _ = JUDGES[name]
-    judge = getattr(original, name)(*arguments[:5], norm=norm, **({"hidden_channels": 4} if "Res" in name else {}))
+    options = {"norm": norm is True, **({"hidden_channels": 4} if "Res" in name else {})}
+    judge = getattr(original, name)(*arguments[:5], **options)
+    if norm == "weight":
+        for layer in [m for m in judge.modules() if hasattr(m, "conv")]:
+            nn.utils.weight_norm(layer.conv)
     if name == "MultiResolutionDiscriminator":
         judge.hop_factor, judge.bands, judge.window_lengths = 0.25, [(0, 0.5), (0.5, 1)], [64, 32]
     if name == "MultiFrequencyDiscriminator":
         judge.sample_rate, judge.window_sizes = 44100, [64, 32]
     new = swapped(judge, torch.randn(1, 2, 500))
-    assert new.norm is norm
+    assert new.norm == norm
     new.train()(torch.randn(1, 2, 500))[0][0].sum().backward()
+    assert all(p.grad is not None for p in new.discriminators[0].parameters())
+    if norm == "weight":
+        conv = new.discriminators[0].get_submodule(JUDGED.get(name, "layers.0.conv"))
+        assert [type(hook) for hook in conv._forward_pre_hooks.values()] == [WeightNorm]
+        nn.utils.remove_weight_norm(conv)
 
 
 @pytest.mark.parametrize("nch, windows, width", [(1, [64, 32], 4), (2, [512], 2), (1, [2048, 1024], 8)])

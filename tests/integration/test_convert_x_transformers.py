@@ -23,6 +23,7 @@ IN_PAIRS = True  # how the stand-in rotates
 @dataclass
 class Intermediates:
     values: Tensor | None = None
+    cached_kv: tuple[Tensor, Tensor] | None = None
 
 
 class Attend(nn.Module):
@@ -32,8 +33,11 @@ class Attend(nn.Module):
         super().__init__()
         self.scale, self.dropout, self.attn_fn = None, dropout, partial(F.softmax, dim=-1)
 
-    def forward(self, q, k, v, mask):
+    def forward(self, q, k, v, mask, causal, past):
         scores = q @ k.mT * q.shape[-1] ** -0.5
+        age = torch.arange(q.shape[2])[:, None] - torch.arange(k.shape[2])
+        unseen = (age < 0 if causal else age != age) | (age > (len(age) if past is None else past))
+        scores = scores.masked_fill(unseen, -1e9)
         return self.attn_fn(scores if mask is None else scores.masked_fill(~mask[:, None, None], -1e9)) @ v
 
 
@@ -53,9 +57,9 @@ def apply_rotary_pos_emb(t, freqs, scale=1):
 class Attention(nn.Module):
     """Names, state_dict and formula of x-transformers' attention, as far as the adapter goes."""
 
-    def __init__(self, dim, dim_head, heads, flash=False, dropout=0.0):
+    def __init__(self, dim, dim_head, heads, flash=False, dropout=0.0, causal=False, max_attend_past=None):
         super().__init__()
-        self.heads, self.causal = heads, False
+        self.heads, self.causal, self.max_attend_past = heads, causal, max_attend_past
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, heads * dim_head, bias=False) for _ in range(3))
         self.attend, self.to_out = Attend(dropout), nn.Linear(heads * dim_head, dim, bias=False)
 
@@ -67,10 +71,12 @@ class Attention(nn.Module):
             linear(t).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear, t in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
+        cached = k, v
         if rotary_pos_emb is not None:
             q, k = (apply_rotary_pos_emb(t, *rotary_pos_emb) for t in (q, k))
-        y = self.to_out(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
-        return (y, Intermediates(v)) if return_intermediates else y
+        y = self.attend(q, k, v, mask, self.causal, self.max_attend_past)
+        y = self.to_out(y.transpose(1, 2).flatten(2))
+        return (y, Intermediates(v, cached)) if return_intermediates else y
 
     def only_here(self):
         return "a method of the original's"
@@ -106,10 +112,12 @@ def pair(cls, **options):
 
 
 @pytest.mark.parametrize("rotated", [D, D // 2, 2])
-@pytest.mark.parametrize("flash", [True, False])
-def test_attention_is_swapped(source, flash, rotated):
+@pytest.mark.parametrize(
+    "options", [{}, {"max_attend_past": 3}, {"causal": True}, {"causal": True, "max_attend_past": 4, "flash": True}]
+)
+def test_attention_is_swapped(source, options, rotated):
     cls, layout = source
-    theirs, ours = pair(cls, flash=flash)
+    theirs, ours = pair(cls, **options)
     assert isinstance(ours, Ours) and isinstance(ours, cls)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
@@ -119,7 +127,9 @@ def test_attention_is_swapped(source, flash, rotated):
             x, rotary_pos_emb=rotary(layout, rotated, T + 2), return_intermediates=True, pos=torch.arange(T)
         )
         loss = (y * torch.cos(torch.arange(y.numel())).view(y.shape)).sum()
-        found.append([y, intermediates.values, *torch.autograd.grad(loss, [x, *block.parameters()])])
+        found.append(
+            [y, intermediates.values, *intermediates.cached_kv, *torch.autograd.grad(loss, [x, *block.parameters()])]
+        )
     for want, got in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert "rope_attention: eager (the input" in fastblocks.explain(ours, x, rotary_pos_emb=rotary(layout, rotated))
@@ -211,7 +221,6 @@ def test_what_is_not_covered_is_left_alone_with_a_reason(name):
     ("options", "why"),
     [
         ({"kv_heads": 1}, "share 1 heads of keys"),
-        ({"causal": True}, "it is causal"),
         ({"qk_norm": True}, "qk_norm"),
         ({"sigmoid": True}, "another function than softmax"),
         ({"rotate_num_heads": 1}, "it rotates 1 of 2"),
@@ -238,6 +247,22 @@ def test_what_computes_something_else_is_named():
     model[0].attend.__class__ = type("Attend", (Attend,), {"forward": lambda *inputs: 1.1 * forward(*inputs)})
     with pytest.raises(ValueError, match="Attention at '0': in training its forward computes something else"):
         fastblocks.convert(model)
+
+
+def test_a_decoder_of_the_package_generates_with_its_cache():
+    sources("package")
+    theirs = importlib.import_module("x_transformers")
+    layers = theirs.Decoder(dim=64, depth=2, heads=2, attn_dim_head=32, rotary_pos_emb=True)
+    model = theirs.TransformerWrapper(num_tokens=50, max_seq_len=40, attn_layers=layers).eval()
+    converted = fastblocks.convert(copy.deepcopy(model))
+    assert len(fastblocks.conversion_report(converted).swapped) == 2
+    prompt = torch.arange(7)[None]
+    logits, tokens = [], []
+    for net in (model, converted):
+        logits.append(net(prompt))
+        tokens.append(theirs.AutoregressiveWrapper(net).generate(prompt, 20, temperature=0.0, cache_kv=True))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(*tokens)
 
 
 @pytest.mark.parametrize("flash", [True, False])
