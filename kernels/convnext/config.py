@@ -30,6 +30,9 @@ def depthwise_conv(
     take 16, as do strided kernels (32 took 249) and the normalization of 64 channels; that of 128 takes 8: there five
     programs per SM beat two. 512 channels of 2 bytes take 64 in 4 warps, 168 registers, and three programs fit an SM.
     Without the normalization 32 channels in 2 warps make the most programs, two per SM at least.
+    ROWS: rows of outputs that share inputs. Two read 8 rows of inputs instead of 14, and in 2 warps take so few
+    registers that the programs of 32 channels are one wave. More channels have too few programs for it; sm_80 is bound
+    by FMAs.
     Nothing here is timed; all of it is predicted.
     """
     accumulators, warps, wanted = 32, 2, 2 * sm_count
@@ -46,15 +49,18 @@ def depthwise_conv(
     if strided:
         accumulators = 16
     run = max(vector, 4) if strided or itemsize == 4 else 8
-    runs = max(1, warps * 32 * accumulators // (block_c * run))
+    rows = 1
+    if run == 8 and channels <= 32 and sizes[0] > 1 and not strided and architecture != "sm_80":
+        rows, warps, accumulators = 2, 2, 32
+    runs = max(1, warps * 32 * accumulators // (block_c * run * rows))
     block_w = min(runs, power_of_two(-(-sizes[1] // run)), max(1, 32 // run) if sizes[0] > 1 else runs)
-    block_h = min(runs // block_w, power_of_two(sizes[0]))
+    block_h = min(runs // block_w, power_of_two(-(-sizes[0] // rows)))
     slices = batch * -(-channels // block_c)
-    while block_h > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < wanted:
+    while block_h > 1 and slices * -(-sizes[0] // (block_h * rows)) * -(-sizes[1] // (block_w * run)) < wanted:
         block_h //= 2
-    while block_w > 1 and slices * -(-sizes[0] // block_h) * -(-sizes[1] // (block_w * run)) < wanted:
+    while block_w > 1 and slices * -(-sizes[0] // (block_h * rows)) * -(-sizes[1] // (block_w * run)) < wanted:
         block_w //= 2
-    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run)
+    return config(warps, BLOCK_C=block_c, BLOCK_H=block_h, BLOCK_W=block_w, RUN=run, ROWS=rows)
 
 
 @cache

@@ -58,7 +58,7 @@ def _pack(parts, N: tl.constexpr):
     """N tiles [C, W] as one [C, W, N], the inverse of `_unpack`."""
     BLOCK_C: tl.constexpr = parts[0].shape[0]
     BLOCK_W: tl.constexpr = parts[0].shape[1]
-    LEVELS: tl.constexpr = 0 if N == 1 else (1 if N == 2 else (2 if N == 4 else 3))
+    LEVELS: tl.constexpr = 0 if N == 1 else (1 if N == 2 else (2 if N == 4 else (3 if N == 8 else 4)))
     for level in tl.static_range(LEVELS):
         joined = ()
         for i in tl.static_range(N // 2 ** (level + 1)):
@@ -72,18 +72,83 @@ def _pack(parts, N: tl.constexpr):
 def _accumulate(
     acc, x, weights, valid,
     D: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr, GUARD: tl.constexpr, RUN: tl.constexpr,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds input number D of a run, times its tap, to every output of the run that it reaches."""
+    """Adds input number D of a run, times its tap, to every output of the run that it reaches, in rows FIRST to
+    LAST."""
     updated = ()
-    for f in tl.static_range(RUN):
-        if D - f * STEP >= 0 and D - f * STEP < TAPS:
-            if GUARD:  # a zero weight is not enough: the input may be Inf
-                updated = updated + (acc[f] + tl.where(valid[D - f * STEP], x, 0.0) * weights[D - f * STEP],)
-            else:
-                updated = updated + (acc[f] + x * weights[D - f * STEP],)
-        else:
-            updated = updated + (acc[f],)
+    for r in tl.static_range(ROWS):
+        for f in tl.static_range(RUN):
+            total = acc[r * RUN + f]
+            if r >= FIRST and r < LAST and D - f * STEP >= 0 and D - f * STEP < TAPS:
+                weight = weights[(D - f * STEP) * (LAST - FIRST) + r - FIRST]
+                if GUARD:  # a zero weight is not enough: the input may be Inf
+                    total += tl.where(valid[D - f * STEP], x, 0.0) * weight
+                else:
+                    total += x * weight
+            updated = updated + (total,)
     return updated
+
+
+@triton.jit
+def _add_row(
+    acc, x_ptrs, weight_ptrs, i, offs_h, offs_w, mask_c, first_h, first_w, tap_h, tap_w, H, W,
+    stride_x_h, stride_x_w, stride_weight_k,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, GAP_H: tl.constexpr,
+    GAP_W: tl.constexpr, SIGN_H: tl.constexpr, SIGN_W: tl.constexpr, TAPS: tl.constexpr, VECTOR: tl.constexpr,
+    INDEX_INT64: tl.constexpr, RUN: tl.constexpr, ROWS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """Adds row i of the inputs, or chunk i of longer ones, to the outputs that it reaches, those of rows FIRST to LAST.
+
+    x_ptrs: a run's first input, were there no padding. To it is added what is constant or the same for all threads, for
+    sums of 32-bit offsets would be computed for every load.
+    """
+    ALL_TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
+    CHUNKS: tl.constexpr = (ALL_TAPS_W + TAPS - 1) // TAPS
+    GUARD: tl.constexpr = KERNEL_W % GAP_W != 0 or ALL_TAPS_W % TAPS != 0  # some taps are beyond the kernel
+    PAD_W: tl.constexpr = KERNEL_W // 2
+    SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS  # inputs of a run
+    SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # inputs before the first, to align loads
+    VECTORS: tl.constexpr = (SLACK + SPAN + VECTOR - 1) // VECTOR
+    i_h = i // CHUNKS
+    i_w = i % CHUNKS * TAPS
+    h = offs_h * (ROWS * STEP_H) + (first_h + i_h)
+    mask_h = (h >= 0) & (h < H)
+    if KERNEL_H % GAP_H != 0:  # not all phases have the last tap; ROWS is 1
+        mask_h &= tap_h + i_h * SIGN_H < KERNEL_H
+    row_ptrs = x_ptrs + times(first_h + i_h, stride_x_h, INDEX_INT64)
+    weights = ()  # tap by tap, those of rows FIRST to LAST
+    valid = ()
+    for v in tl.static_range(VECTORS):
+        if VECTOR > 1:
+            w = offs_w + i_w + (v * VECTOR - PAD_W - SLACK)
+            mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
+            ptrs = row_ptrs + (i_w + (v * VECTOR - PAD_W - SLACK))
+            ptrs = ptrs[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+            parts = _unpack(tl.load(ptrs, mask=mask[:, :, None], other=0.0), VECTOR)
+        else:
+            w = offs_w * STEP_W + (first_w + i_w + v)
+            mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
+            ptrs = row_ptrs + times(first_w + i_w + v, stride_x_w, INDEX_INT64)
+            parts = (tl.load(ptrs, mask=mask, other=0.0),)
+        for e in tl.static_range(VECTOR):
+            if v * VECTOR + e >= SLACK and v * VECTOR + e - SLACK < SPAN:
+                if v * VECTOR + e - SLACK < TAPS:
+                    kernel_w = tap_w + (i_w + (v * VECTOR + e - SLACK)) * SIGN_W
+                    is_tap = (kernel_w >= 0) & (kernel_w < KERNEL_W)
+                    valid = valid + (is_tap,)
+                    for r in tl.static_range(FIRST, LAST):
+                        kernel_h = tap_h + (i_h - r) * SIGN_H
+                        mask_k = mask_c & (kernel_h < KERNEL_H) & is_tap
+                        offs_k = (kernel_h * KERNEL_W + kernel_w) * stride_weight_k
+                        weight = tl.load(weight_ptrs + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+                        weights = weights + (weight[:, None],)
+                x = parts[e].to(tl.float32)
+                acc = _accumulate(
+                    acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS, GUARD, RUN, ROWS, FIRST, LAST
+                )
+    return acc
 
 
 @triton.jit
@@ -94,16 +159,18 @@ def _conv_kernel(
     stride_weight_k,
     eps,
     C: tl.constexpr, KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TAPS: tl.constexpr, VECTOR: tl.constexpr, INDEX_INT64: tl.constexpr,
+    TRANSPOSED: tl.constexpr, TAPS: tl.constexpr, VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    INDEX_INT64: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    RUN: tl.constexpr,
+    RUN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """grid (B · blocks_h · blocks_w · phases, blocks of C), phases fastest (1 unless TRANSPOSED).
 
     x, y: (B, C, H, W) by strides. weight: (C, taps) by strides. With norm_weight a block holds all channels, and y is
     normalized over them; normalized (x̂, laid out as y) and rstd are stored where there is memory for them. TAPS: of a
-    kernel row, unrolled at a time. VECTOR: consecutive positions in one load, 1 for any strides. RUN: consecutive
-    outputs that share inputs.
+    kernel row, unrolled at a time. VECTOR: consecutive positions in one load, 1 for any strides.
+    CHANNELS_LAST: stride_x_w is C. RUN: consecutive outputs that share inputs. ROWS: rows of them that do, 1 unless the
+    stride is 1.
     """
     STEP_H: tl.constexpr = 1 if TRANSPOSED else STRIDE_H  # in x, from one output of a phase to the next
     STEP_W: tl.constexpr = 1 if TRANSPOSED else STRIDE_W
@@ -114,12 +181,8 @@ def _conv_kernel(
     TAPS_H: tl.constexpr = (KERNEL_H + GAP_H - 1) // GAP_H
     ALL_TAPS_W: tl.constexpr = (KERNEL_W + GAP_W - 1) // GAP_W
     CHUNKS: tl.constexpr = (ALL_TAPS_W + TAPS - 1) // TAPS
-    GUARD: tl.constexpr = KERNEL_W % GAP_W != 0 or ALL_TAPS_W % TAPS != 0  # some taps are beyond the kernel
     PAD_H: tl.constexpr = KERNEL_H // 2
     PAD_W: tl.constexpr = KERNEL_W // 2
-    SPAN: tl.constexpr = (RUN - 1) * STEP_W + TAPS  # inputs of a run
-    SLACK: tl.constexpr = (VECTOR - PAD_W % VECTOR) % VECTOR  # inputs before the first, to align loads
-    VECTORS: tl.constexpr = (SLACK + SPAN + VECTOR - 1) // VECTOR
 
     pid = tl.program_id(0)
     phase_w = pid % GAP_W
@@ -150,58 +213,54 @@ def _conv_kernel(
         stride_x_b = stride_x_b // VECTOR * VECTOR
         stride_x_c = stride_x_c // VECTOR * VECTOR
         stride_x_h = stride_x_h // VECTOR * VECTOR
+    if CHANNELS_LAST and ROWS == 1:  # for the compiler: taps are constants apart; two rows take 116 registers then
+        stride_x_w = C
     x_ptr += batch * stride_x_b
-    offs_xc = times(offs_c, stride_x_c, INDEX_INT64)
+    offs = times(offs_h * (ROWS * STEP_H), stride_x_h, INDEX_INT64) + times(offs_w * STEP_W, stride_x_w, INDEX_INT64)
+    x_ptrs = x_ptr + (times(offs_c, stride_x_c, INDEX_INT64)[:, None] + offs[None, :])
     weight_ptrs = weight_ptr + offs_c * stride_weight_c
 
-    acc = ()  # RUN tiles [BLOCK_C, BLOCK_H * BLOCK_W]
-    for _ in tl.static_range(RUN):
-        acc = acc + (tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32),)
-    for j in range(TAPS_H * CHUNKS):
-        j_h = j // CHUNKS
-        j_w = j % CHUNKS * TAPS
-        h = offs_h * STEP_H + (first_h + j_h)
-        kernel_h = tap_h + j_h * SIGN_H
-        mask_h = (h >= 0) & (h < H) & (kernel_h < KERNEL_H)
-        offs_xh = times(h, stride_x_h, INDEX_INT64)
-        weights = ()
-        valid = ()
-        for v in tl.static_range(VECTORS):
-            if VECTOR > 1:
-                w = offs_w + j_w + (v * VECTOR - PAD_W - SLACK)
-                mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
-                offs = offs_xc[:, None] + (offs_xh + w)[None, :]
-                offs = offs[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
-                parts = _unpack(tl.load(x_ptr + offs, mask=mask[:, :, None], other=0.0), VECTOR)
-            else:
-                w = offs_w * STEP_W + (first_w + j_w + v)
-                mask = mask_c[:, None] & (mask_h & (w >= 0) & (w < W))[None, :]
-                offs_xw = times(w, stride_x_w, INDEX_INT64)
-                offs = offs_xc[:, None] + (offs_xh + offs_xw)[None, :]
-                parts = (tl.load(x_ptr + offs, mask=mask, other=0.0),)
-            for e in tl.static_range(VECTOR):
-                if v * VECTOR + e >= SLACK and v * VECTOR + e - SLACK < SPAN:
-                    if v * VECTOR + e - SLACK < TAPS:
-                        kernel_w = tap_w + (j_w + (v * VECTOR + e - SLACK)) * SIGN_W
-                        is_tap = (kernel_w >= 0) & (kernel_w < KERNEL_W)
-                        mask_k = mask_c & (kernel_h < KERNEL_H) & is_tap
-                        offs_k = (kernel_h * KERNEL_W + kernel_w) * stride_weight_k
-                        weight = tl.load(weight_ptrs + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-                        weights = weights + (weight[:, None],)
-                        valid = valid + (is_tap,)
-                    x = parts[e].to(tl.float32)
-                    acc = _accumulate(acc, x, weights, valid, v * VECTOR + e - SLACK, STEP_W, TAPS, GUARD, RUN)
-
-    u = _pack(acc, RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, RUN]
+    start = tl.zeros([BLOCK_C, BLOCK_H * BLOCK_W], tl.float32)
     if bias_ptr is not None:
-        u += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None, None]
-    h = (offs_h * GAP_H + phase_h)[:, None]
-    w = (offs_w[:, None] + tl.arange(0, RUN)[None, :]) * GAP_W + phase_w  # [BLOCK_H * BLOCK_W, RUN]
+        start += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
+    acc = ()  # ROWS · RUN tiles [BLOCK_C, BLOCK_H * BLOCK_W]
+    for _ in tl.static_range(ROWS * RUN):
+        acc = acc + (start,)
+    # Inputs row by row, long ones TAPS taps at a time. The first and the last do not reach all ROWS rows of outputs.
+    EDGE: tl.constexpr = (ROWS - 1) * CHUNKS
+    for i in tl.static_range(EDGE):
+        acc = _add_row(
+            acc, x_ptrs, weight_ptrs, i, offs_h, offs_w, mask_c, first_h, first_w, tap_h, tap_w, H, W,
+            stride_x_h, stride_x_w, stride_weight_k,
+            KERNEL_H, KERNEL_W, STEP_H, STEP_W, GAP_H, GAP_W, SIGN_H, SIGN_W, TAPS, VECTOR, INDEX_INT64, RUN, ROWS,
+            0, i // CHUNKS + 1,
+        )  # fmt: skip
+    for i in range(EDGE, TAPS_H * CHUNKS):
+        acc = _add_row(
+            acc, x_ptrs, weight_ptrs, i, offs_h, offs_w, mask_c, first_h, first_w, tap_h, tap_w, H, W,
+            stride_x_h, stride_x_w, stride_weight_k,
+            KERNEL_H, KERNEL_W, STEP_H, STEP_W, GAP_H, GAP_W, SIGN_H, SIGN_W, TAPS, VECTOR, INDEX_INT64, RUN, ROWS,
+            0, ROWS,
+        )  # fmt: skip
+    for i in tl.static_range(EDGE):
+        acc = _add_row(
+            acc, x_ptrs, weight_ptrs, TAPS_H * CHUNKS + i, offs_h, offs_w, mask_c, first_h, first_w, tap_h, tap_w, H, W,
+            stride_x_h, stride_x_w, stride_weight_k,
+            KERNEL_H, KERNEL_W, STEP_H, STEP_W, GAP_H, GAP_W, SIGN_H, SIGN_W, TAPS, VECTOR, INDEX_INT64, RUN, ROWS,
+            i // CHUNKS + 1, ROWS,
+        )  # fmt: skip
+
+    u = _pack(acc, ROWS * RUN)  # [BLOCK_C, BLOCK_H * BLOCK_W, ROWS * RUN]
+    offs_r = tl.arange(0, ROWS * RUN)[None, :]
+    h = (offs_h[:, None] * ROWS + offs_r // RUN) * GAP_H + phase_h  # [BLOCK_H * BLOCK_W, ROWS * RUN]
+    w = (offs_w[:, None] + offs_r % RUN) * GAP_W + phase_w
     mask_q = (h < H_OUT) & (w < W_OUT)
     mask = mask_c[:, None, None] & mask_q[None, :, :]
     offs_y = times(h, stride_y_h, INDEX_INT64) + times(w, stride_y_w, INDEX_INT64)
     offs_y = offs_y[None, :, :] + times(offs_c, stride_y_c, INDEX_INT64)[:, None, None]
     if norm_weight_ptr is not None:
+        norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         mean = tl.sum(u, axis=0) * (1.0 / C)  # masked channels are 0
         u = tl.where(mask_c[:, None, None], u - mean[None, :, :], 0.0)
         rstd = tl.rsqrt(tl.sum(u * u, axis=0) * (1.0 / C) + eps)
@@ -210,8 +269,6 @@ def _conv_kernel(
             tl.store(rstd_ptr + batch * H_OUT * W_OUT + h * W_OUT + w, rstd, mask=mask_q)
             normalized_ptr += batch * stride_y_b
             tl.store(normalized_ptr + offs_y, round_to(u, normalized_ptr.dtype.element_ty), mask=mask)
-        norm_weight = tl.load(norm_weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        norm_bias = tl.load(norm_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         u = u * norm_weight[:, None, None] + norm_bias[:, None, None]
     tl.store(y_ptr + batch * stride_y_b + offs_y, round_to(u, y_ptr.dtype.element_ty), mask=mask)
 
@@ -264,9 +321,13 @@ def convolve(
         strided=stride != (1, 1),
         all_channels=norm_weight is not None,
     )
-    blocks_h = -(-height_out // (gaps[0] * config["BLOCK_H"]))
+    blocks_h = -(-height_out // (gaps[0] * config["BLOCK_H"] * config["ROWS"]))
     blocks_w = -(-width_out // (gaps[1] * config["BLOCK_W"] * config["RUN"]))
     grid = (batch * blocks_h * blocks_w * gaps[0] * gaps[1], -(-channels // config["BLOCK_C"]))
+    # The kernel's offsets into x go on to the end of the last tile.
+    down = blocks_h * config["BLOCK_H"] * config["ROWS"] * (1 if transposed else stride[0])
+    right = blocks_w * config["BLOCK_W"] * config["RUN"] * (1 if transposed else stride[1])
+    reach = channels * x.stride(1) + down * x.stride(2) + right * x.stride(3)
     launch(
         _conv_kernel, grid, config, like=x,
         x_ptr=x, weight_ptr=weight, bias_ptr=bias, norm_weight_ptr=norm_weight, norm_bias_ptr=norm_bias, y_ptr=y,
@@ -276,7 +337,8 @@ def convolve(
         eps=eps,
         C=channels, KERNEL_H=kernel[0], KERNEL_W=kernel[1], STRIDE_H=stride[0], STRIDE_W=stride[1],
         TRANSPOSED=transposed, TAPS=min(-(-kernel[1] // gaps[1]), MAX_TAPS), VECTOR=vector,
-        INDEX_INT64=max(span(x), span(y)) >= 2**31,
+        CHANNELS_LAST=x.stride(3) == channels,
+        INDEX_INT64=max(span(x), reach, span(y)) >= 2**31,
     )  # fmt: skip
 
 

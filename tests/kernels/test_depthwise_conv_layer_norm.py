@@ -179,16 +179,20 @@ def test_constant_channels_give_the_bias(name, device):
     assert all(g.isfinite().all() for g in grads)
 
 
-@pytest.mark.parametrize("name", ["aligned", "33 taps", "transposed, larger", "2-D, transposed"])
-def test_infinity_stays_in_its_windows(name, device):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("2-D", torch.bfloat16)]  # rows of outputs share inputs that one of them may not see
+    + [(name, torch.float32) for name in ("aligned", "33 taps", "transposed, larger", "2-D, transposed")],
+)
+def test_infinity_stays_in_its_windows(name, dtype, device):
     """A position whose window does not hold the infinite input is as it was."""
     tensors, keywords = make(CASES[name], device)
     x = tensors[0]
     last = (0, 0, *(size - 1 for size in x.shape[2:]))
-    clean, _ = run("triton", tensors, keywords, torch.float32)
+    clean, _ = run("triton", tensors, keywords, dtype)
     eager_x = x.clone()
     eager_x[last] = float("inf")
-    got, _ = run("triton", [eager_x, *tensors[1:]], keywords, torch.float32)
+    got, _ = run("triton", [eager_x, *tensors[1:]], keywords, dtype)
     tensors[1] = torch.ones_like(tensors[1])
     touched = torch.zeros_like(x)
     touched[last] = 1.0
