@@ -10,7 +10,7 @@ Bytes per (batch, head): forward 4·T·D elements and 4·T of lse, backward 12·
 Neighbouring blocks share keys in cache: each key is read (BLOCK_M + W) / BLOCK_M times, and from ROTATE_FROM tokens on
 a kernel of its own rotates q and k first (4·T·D more), because a key's part of the rope table is twice its own bytes.
 Those 2·T·D elements are kept for backward. Below that, the kernel of dq hands its rotated q on to the one of dk and dv
-(2·T·D more), which would rotate each query once for every block of keys. FLOPs: 4·T·(W + R)·D and, with
+(T·D more), which would rotate each query once for every block of keys. FLOPs: 4·T·(W + R)·D and, with
 seven products, 14·T·(W + R)·D; W is the window, T in its place where there is none.
 """
 

@@ -98,7 +98,7 @@ def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, ga
     out = outputs[0]
     register_out, kept = (out if result is None else result for result in outputs[1:])  # a placeholder, not written
     qkv, rope, register_qkv, gate = _readable(qkv), rope.contiguous(), _readable(register_qkv), _readable(gate)
-    plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
+    plan = plan_of(qkv, n_head, window, register_qkv, registers_out, gate is not None)
     if plan.short:
         short.forward(qkv, rope, n_head, register_qkv, gate, out, register_out, plan)
         return
@@ -123,7 +123,7 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
     grad_register_out = _readable(grad_register_out) if registers_out else grad_out
     register_out = register_out if registers_out else out  # a placeholder, not read
     qkv, rope, register_qkv, gate = _readable(qkv), rope.contiguous(), _readable(register_qkv), _readable(gate)
-    plan = plan_of(qkv, n_head, window, register_qkv, registers_out)
+    plan = plan_of(qkv, n_head, window, register_qkv, registers_out, gate is not None)
     batch, n_tokens, width = qkv.shape
     grad_qkv = torch.empty((batch, n_tokens, width), dtype=qkv.dtype, device=qkv.device)
     grad_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)

@@ -10,7 +10,7 @@ from tests.reference import attention as reference
 
 pytest.importorskip("triton")
 
-from fastblocks.kernels import launch
+from fastblocks.kernels import launch, runtime
 from fastblocks.kernels.attention import config
 from fastblocks.kernels.attention import operator as attention
 
@@ -114,6 +114,15 @@ def test_windows_over_tokens_that_were_rotated_once(device, blocks, registers, w
     check(device, 1, 150, 2, 16, window=window, registers=registers, registers_out=registers > 0, dtype=dtype)
 
 
+def test_keys_that_stream(device, blocks):
+    """Without a window or registers, 64 channels have tiles of their own where operands come from shared memory."""
+    with runtime.pretending("sm_90"):
+        qkv, _, _ = make("meta", 1, 150, 1, 64, dtype=torch.bfloat16)
+        plan = config.plan_of(qkv, 1, -1, None, False)
+        assert plan.rotated and plan.configs["long_forward"]["BLOCK_M"] == 128
+        check(device, 1, 150, 1, 64, dtype=torch.bfloat16)
+
+
 @pytest.fixture(params=[(16, 16), (32, 16), (16, 32)], ids=lambda shape: "{}x{}".format(*shape))
 def small_blocks(request, blocks, monkeypatch):
     """The kernels for long sequences in blocks so small that their edges meet those of windows in every way."""
@@ -196,7 +205,6 @@ def test_causal(device, name):
     ("architecture", "said"), [("sm_80", "48 register tokens of head size 64, the kernel takes 32"), ("sm_90", "")]
 )
 def test_register_tokens_that_would_spill_are_refused(architecture, said):
-    from fastblocks.kernels import runtime
     from fastblocks.kernels.attention.operator import unsupported_reason
 
     qkv, rope, register_qkv = make("cpu", 1, 8, 1, 64, registers=48)
