@@ -151,7 +151,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         norm, table, n = ctx.kept
-        tensors, kept = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved = ctx.saved_tensors  # once: checkpointing gives each only once
+        tensors, kept = saved[:n], saved[n:]
         if all(grad is None for grad in grads):
             return (None,) * (n + 2)
         if torch.is_grad_enabled():  # create_graph=True
