@@ -69,7 +69,7 @@ def table_of(weights: Sequence[Tensor], first: Sequence[Tensor], second: Sequenc
         for tensor in tensors
     )
     table = _table(offsets, tuple(tuple(weight.shape) for weight in weights), weights[0].device)
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _in_graphs[id(table)] = table
     return table
 
