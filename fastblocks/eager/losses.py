@@ -48,8 +48,8 @@ class _MeanDifferences(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(grads)
-        xs, ys = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        n, saved = len(grads), ctx.saved_tensors  # once: checkpointing gives each only once
+        xs, ys = saved[:n], saved[n:]
         if torch.is_grad_enabled():
             return None, *by_formula(lambda *views: _formula(ys, views), xs, grads)
         found: list[Tensor | None] = [None] * n

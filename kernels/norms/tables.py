@@ -69,7 +69,7 @@ def table_of(weights: Sequence[Tensor], first: Sequence[Tensor], second: Sequenc
         for tensor in tensors
     )
     table = _table(offsets, tuple(tuple(weight.shape) for weight in weights), weights[0].device)
-    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _in_graphs[id(table)] = table
     return table
 
@@ -151,7 +151,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         norm, table, n = ctx.kept
-        tensors, kept = ctx.saved_tensors[:n], ctx.saved_tensors[n:]
+        saved = ctx.saved_tensors  # once: checkpointing gives each only once
+        tensors, kept = saved[:n], saved[n:]
         if all(grad is None for grad in grads):
             return (None,) * (n + 2)
         if torch.is_grad_enabled():  # create_graph=True

@@ -170,11 +170,15 @@ def test_what_the_kernels_leave_alone(change, reason, device):
 
 
 def test_moved_saved_tensors(device):
-    """Hooks that offload saved tensors give them back at another address."""
+    """Hooks that offload saved tensors give them back at another address; those of checkpointing do so once."""
     tensors, call = weight(torch.float32, device)
+
+    def unpack(packed):
+        return packed.pop().clone()
+
     with use_backend("triton"):
         want = results_and_gradients(call, tensors)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: [t.clone()], unpack):
             got = results_and_gradients(call, tensors, want[2])
     assert all(map(torch.equal, got[1], want[1]))
 
@@ -211,7 +215,10 @@ def test_a_discriminator_and_its_gradients(norm, device):
         module.load_state_dict(state)
         with use_backend(name), backend._watch() as decisions:
             scores, maps = module(clip)
-        assert [decision.backend for decision in decisions] == [name] * 2
+        # all weights in one call, and the second call of one convolution; plain PyTorch takes weight by weight
+        assert [decision.backend for decision in decisions] == [name] * (
+            2 if name == "triton" or device.type == "cuda" else 7
+        )
         grads = torch.autograd.grad(scores[0].sum() + sum(m.square().sum() for m in maps[0]), list(module.parameters()))
         found.append([*scores, *maps[0], *grads, *(value.clone() for value in module.buffers())])
     for got, want in zip(*found, strict=True):
