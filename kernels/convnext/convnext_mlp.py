@@ -24,7 +24,7 @@ from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config as table
 from fastblocks.kernels.convnext import mlp
 from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import load_matrix, store_matrix, strides
+from fastblocks.kernels.matrix import load_matrix, store_matrix, strides, times
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.reduce import sum_rows
@@ -43,24 +43,24 @@ def _finish_kernel(
     product_ptr, bias_ptr, residual_ptr, y_ptr,
     S, blocks_s,
     stride_residual_b, stride_residual_c, stride_residual_s,
-    C: tl.constexpr,
+    C: tl.constexpr, INDEX_INT64: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """y (B, C, S) = product (B·S, C) + bias + residual, transposed. grid (B · blocks of S, blocks of C)."""
     batch = (tl.program_id(0) // blocks_s).to(tl.int64)
     start_s = tl.program_id(0) % blocks_s * BLOCK_S
-    offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     y = load_matrix(product_ptr + (batch * S + start_s) * C, offs_s, offs_c, S - start_s, C).to(tl.float32)
     y += mlp.load_vector(bias_ptr, offs_c, C)[None, :]
     mask = (offs_s < S - start_s)[:, None] & (offs_c < C)[None, :]
     if residual_ptr is not None:
         ptrs = mlp.position_pointers(
             residual_ptr, batch, start_s, offs_s, offs_c,
-            stride_residual_b, stride_residual_c, stride_residual_s, True,
+            stride_residual_b, stride_residual_c, stride_residual_s, INDEX_INT64,
         )  # fmt: skip
         y += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    ptrs = y_ptr + (batch * C + offs_c)[None, :] * S + (start_s + offs_s)[:, None]
+    ptrs = y_ptr + (batch * C * S + start_s) + (times(offs_c, S, INDEX_INT64)[None, :] + offs_s[:, None])
     tl.store(ptrs, round_to(y, y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -165,12 +165,13 @@ def _forward(outputs, x, weight1, bias1, weight2, bias2, residual, dtype, keep):
     product = torch.mm(torch.nn.functional.gelu(pre), weight2.to(dtype).t())
     positions, config = flat_y.shape[2], table.transposing(c_out)
     blocks_s = cdiv(positions, config["BLOCK_S"])
+    spans = [c_out * positions] + ([] if residual is None else [c_out * residual.stride(1)])
     launch(
         _finish_kernel, (batch * blocks_s, cdiv(c_out, config["BLOCK_C"])), config, like=x,
         product_ptr=product, bias_ptr=bias2, residual_ptr=residual, y_ptr=y,
         S=positions, blocks_s=blocks_s,
         **strides("residual", residual, "bcs"),
-        C=c_out,
+        C=c_out, INDEX_INT64=max(spans) >= 2**31,
     )  # fmt: skip
 
 

@@ -45,7 +45,8 @@ BACKWARD_FUSED = {
 }
 # With 32 inputs one or two warps spill, and four with 16 rows are two waves of programs at the standard size.
 BACKWARD_FUSED_LSTM_32_INPUTS = config(4, 3, BLOCK_B=32, TRANSPOSED=1, HELD=0)
-BACKWARD_FUSED_32_INPUTS_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)  # a GRU's one warp spills here, too
+# A GRU's one warp spills here, too, unless the groups fill their tiles and the architecture is sm_90.
+BACKWARD_FUSED_32_INPUTS_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)
 # IEEE float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed they
 # take a third to a quarter of the loads. As many warps as keep the accumulators in registers.
 FLOAT32 = {
@@ -66,12 +67,15 @@ def time_loop(
     float32: bool,
     architecture: str,
     state: bool = False,
+    padded: bool = False,
 ) -> LaunchConfig:
-    """A time loop's configuration; `units`, `inputs`: its tile's; `state`: it starts from a given state."""
+    """A time loop's configuration; `units`, `inputs`: its tile's; `state`: it starts from a given state; `padded`: a
+    group is smaller than its part of the tile."""
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
     if backward and fused:
-        if units == 16 and inputs == 32 and (lstm or state):
+        one_warp = not lstm and (not state or (architecture == "sm_90" and not padded))
+        if units == 16 and inputs == 32 and not one_warp:
             return BACKWARD_FUSED_32_INPUTS_STATE if state else BACKWARD_FUSED_LSTM_32_INPUTS
         return BACKWARD_FUSED[units, lstm]
     if units == 128 and architecture == "sm_80":

@@ -255,7 +255,10 @@ def launch_config(given: Inputs, sizes: Sizes, shared: dict, dtype: torch.dtype,
     units, inputs = (shared["PACK"] * shared[block] for block in ("BLOCK_H", "BLOCK_I"))
     architecture, state = runtime.architecture(given.x.device), given.h_first is not None
     float32 = dtype == torch.float32
-    return at_least(table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state))
+    padded = shared["BLOCK_H"] != sizes.hidden or shared["BLOCK_I"] != sizes.inputs
+    return at_least(
+        table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded)
+    )
 
 
 def at_least(config: LaunchConfig) -> LaunchConfig:
