@@ -174,7 +174,7 @@ def _backward(
     (of_tokens, normalized, rstd), (of_registers, *register_kept) = _tokens_and_registers(
         tokens, registers, qkv, normalized1, rstd1
     )
-    grad_qkv, _, grad_register_qkv, _ = attention.OPERATOR.backward(
+    grad_qkv, _, grad_register_qkv, *_ = attention.OPERATOR.backward(
         (grad_attended, grad_register_attended), (True, False, registers is not None),
         *_attention(of_tokens, rope, n_head, window, of_registers, registers_out, x, registers),
         attended, register_attended, lse,
