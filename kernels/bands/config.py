@@ -49,7 +49,8 @@ def grad_weight(features: int) -> LaunchConfig:
 
 @cache
 def sum_slabs(features: int) -> LaunchConfig:
-    return config(4, BLOCK_L=16, BLOCK_N=_block_n(features, 128))
+    block_n = _block_n(features, 128)
+    return config(4, BLOCK_L=2048 // block_n, BLOCK_N=block_n)
 
 
 def _block_n(features: int, most: int) -> int:
