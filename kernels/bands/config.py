@@ -17,15 +17,15 @@ PROGRAMS_PER_SM = 4  # that share the rows of the weights' gradients: two at a t
 OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")  # elsewhere operands take registers
 
 
-def to_bands(features: int, like: Tensor) -> LaunchConfig:
+def to_bands(features: int, like: Tensor, dtype: torch.dtype) -> LaunchConfig:
     """32 lanes: two thirds of 64 mel bands have no more. Half of 128 features is predicted at 37 µs instead of 25, but
-    where operands take registers 128 spill."""
-    return _to_bands(features, runtime.architecture(like.device))
+    where operands take registers, or are float32, 128 spill."""
+    roomy = runtime.architecture(like.device) in OPERANDS_IN_SHARED_MEMORY and dtype != torch.float32
+    return _to_bands(features, 128 if roomy else 64)
 
 
 @cache
-def _to_bands(features: int, architecture: str) -> LaunchConfig:
-    most = 128 if architecture in OPERANDS_IN_SHARED_MEMORY else 64
+def _to_bands(features: int, most: int) -> LaunchConfig:
     return config(4, 2, BLOCK_M=64, BLOCK_L=32, BLOCK_N=_block_n(features, most))
 
 
@@ -49,7 +49,8 @@ def grad_weight(features: int) -> LaunchConfig:
 
 @cache
 def sum_slabs(features: int) -> LaunchConfig:
-    return config(4, BLOCK_L=16, BLOCK_N=_block_n(features, 128))
+    block_n = _block_n(features, 128)
+    return config(4, BLOCK_L=2048 // block_n, BLOCK_N=block_n)
 
 
 def _block_n(features: int, most: int) -> int:

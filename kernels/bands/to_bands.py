@@ -71,7 +71,7 @@ def to_bands(
     weight: (K, lanes, N) by strides. window (F,) and bias (K, N) contiguous. dtype: of the product's operands.
     """
     batch, features, length, n_bands = bands.shape
-    chosen = config.to_bands(features, spectrum)
+    chosen = config.to_bands(features, spectrum, dtype)
     n_rows = batch * length
     grid = (cdiv(n_rows, chosen["BLOCK_M"]) * n_bands, cdiv(features, chosen["BLOCK_N"]))
     launch(

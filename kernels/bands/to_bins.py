@@ -2,11 +2,13 @@
 
     spectrum[b, f, t, c] = Σ_k (bands[b, :, t, k] W_k + bias_k)[lane (f, c) of k] / window[f]
 
-over the bands k that have the bin f, in ascending order; zero where there is none. Window and bias are
-optional. bands (B, N, T, K) with adjacent
-features, float32 or 16 bits; W_k (N, lanes) by strides, as it lies in the state_dict; spectrum (B, F, T, I) of any
+over the bands k that have the bin f, in ascending order; zero where there is none. Window and bias are optional.
+bands (B, N, T, K) with adjacent features, float32 or 16 bits; W_k (N, lanes) by strides; spectrum (B, F, T, I) of any
 strides. A program takes BLOCK_M rows (b, t) and a block of lanes, and loops over the bands that the block touches: it
 owns its bins, so that nothing is added in memory.
+
+The weights are packed first: for each step of a block a tile in the product's dtype, aligned and with zeros outside of
+the band (2 MB at 64 mel bands of 128 features). As they lie, with odd rows, every number would be a load of its own.
 
 Bytes: bands once, and again from L2 for each further block that a band reaches into; the spectrum once.
 FLOPs 2 · B · T · lanes · N, several times that on the tensor cores where bands are narrower than a block.
