@@ -2,8 +2,8 @@
 stay.
 
 Their strides, slopes and outputs are not those of fastblocks' discriminators. A block for them would have nothing to
-gain: nearly all of the time is PyTorch's convolutions (in place LeakyReLU and all weights' norms at once: 0.99 × in
-training, 4 % less memory, for a period discriminator on a CPU).
+gain: nearly all of the time is PyTorch's convolutions (LeakyReLU in place: 0.99 × in training, 4 % less
+memory, for a period discriminator on a CPU).
 """
 
 from torch import nn
