@@ -156,12 +156,14 @@ class _CPUAttention(torch.autograd.Function):
     """PyTorch's flash attention on the CPU, which has no second derivative of its own."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
         ctx.save_for_backward(q, k, v, bias, y, logsumexp)
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, y, logsumexp = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -55,11 +55,13 @@ class _CPUProduct(torch.autograd.Function):
     """A product whose weight's gradient is summed over parts of the rows."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, rows: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weight)
         return rows @ weight
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         if torch.is_grad_enabled():

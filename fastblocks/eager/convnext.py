@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastblocks.eager.autocast import autocast_enabled, without_autocast
+from fastblocks.eager.autocast import autocast_enabled
 from fastblocks.eager.derivatives import must_trace
 
 _CONV = {(1, False): F.conv1d, (2, False): F.conv2d, (1, True): F.conv_transpose1d, (2, True): F.conv_transpose2d}
@@ -52,12 +52,14 @@ class _CPUDepthwiseConv(torch.autograd.Function):
     """The library's convolution, but for the gradient of the weight."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight, bias, stride, transposed, extra) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.stride, ctx.transposed, ctx.extra = stride, transposed, extra
         return _depthwise_conv(x, weight, bias, stride, transposed, extra)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
@@ -105,8 +107,7 @@ def _grad_weight(long: Tensor, short: Tensor, kernel: torch.Size, stride: tuple[
         # every block of every example is a channel
         x = _windows(some_long, before, counts, windows, steps).reshape(1, -1, *(1, *windows)[-2:])
         g = _windows(some_short, [0] * len(sizes), counts, blocks, blocks).reshape(x.shape[1], 1, *(1, *blocks)[-2:])
-        with without_autocast(x.device):
-            shares = F.conv2d(x, g, dilation=stride, groups=x.shape[1])
+        shares = F.conv2d(x, g, dilation=stride, groups=x.shape[1])
         total += shares[..., : kernel[-1]].reshape(some_short.shape[0], channels, -1, 1, *kernel).sum((0, 2))
     return total
 

@@ -41,6 +41,7 @@ def _formula(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
         batch, _, _, width = x.shape
         columns = F.pad(x, (0, 0, padding, padding)).unfold(2, weight.shape[2], stride)  # (B, C, H, P, K)
@@ -52,6 +53,7 @@ class _Convolution(torch.autograd.Function):
         return rows.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, columns = ctx.saved_tensors
         stride, padding, height = ctx.kept

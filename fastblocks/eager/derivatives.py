@@ -1,4 +1,8 @@
-"""Second derivatives of operations with hand-written gradients: by plain formulas in their place."""
+"""Second derivatives of operations with hand-written gradients: by plain formulas in their place.
+
+Hand-written backward passes on a CPU run under the autocast state of their forward pass (torch.amp.custom_bwd), not of
+the place that calls `backward`: their products would get other dtypes there.
+"""
 
 from collections.abc import Callable, Sequence
 

@@ -345,6 +345,7 @@ class _CPUGRU(torch.autograd.Function):
     """Keeps the activations r, z, n, the product U_n h and the states: five times the output."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x, weight_ih, weight_hh, bias_ih, bias_hh, state):
         directions, groups, _, hidden = weight_hh.shape
         cells = _to_cells(x, directions, groups)
@@ -373,6 +374,7 @@ class _CPUGRU(torch.autograd.Function):
         return _from_cells(states[1:], directions), _state_from_cells(states[-1], directions)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_y, grad_state):
         *inputs, activations, product_n, states = ctx.saved_tensors
         if torch.is_grad_enabled():

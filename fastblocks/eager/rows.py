@@ -44,6 +44,7 @@ class _CPURMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, scale: Tensor, eps: float) -> Tensor:
         y, rstd = _rms_norm(x, scale, eps)
         ctx.save_for_backward(x, scale, rstd)
@@ -51,6 +52,7 @@ class _CPURMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -61,8 +63,7 @@ class _CPURMSNorm(torch.autograd.Function):
         grad_scale = rows.sum(0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_scale, None
-        # into an output, so that autocast leaves the product alone
-        slope = torch.mv(rows, scale, out=rows.new_empty(rows.shape[0])).view(rstd.shape).mul_(rstd)
+        slope = torch.mv(rows, scale).view(rstd.shape).mul_(rstd)
         grad_x = torch.mul(grad, scale, out=product).addcmul_(x, slope, value=-1 / channels).mul_(rstd)
         return grad_x, grad_scale, None
 
@@ -125,6 +126,7 @@ class _CPUSwiGLUMLP(torch.autograd.Function):
     """The layer over rows (N, C), a few at a time; keeps the two preactivations, gate and up."""
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(ctx, x: Tensor, weight_gate: Tensor, weight_up: Tensor, weight_down: Tensor) -> Tensor:
         keep = any(ctx.needs_input_grad)
         rows, hidden = x.shape[0], weight_gate.shape[0]
@@ -141,6 +143,7 @@ class _CPUSwiGLUMLP(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fastblocks
 from benchmarks import original
+from tests.compare import relative_error
 from tests.modules.harness import randomized, tensors
 
 
@@ -201,3 +202,19 @@ def test_dtypes_under_autocast_are_the_same_when_compiled(case, dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = [out.dtype for out in tensors(compiled(x))]
     assert got == under_autocast(case, module, x)
+
+
+@every_module
+def test_backward_inside_autocast_of_a_forward_pass_outside(case):
+    """Hand-written gradients do not raise there; products that PyTorch makes itself are rounded there."""
+    module = randomized(case.module()).eval()
+    leaves = [torch.randn(case.shape, requires_grad=True), *module.parameters()]
+    total = sum(out.square().sum() for out in tensors(case.call(module, leaves[0])))
+    want = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(total, leaves, allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.dtype == b.dtype
+            assert relative_error(a, b) < 0.1
