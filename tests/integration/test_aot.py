@@ -97,7 +97,9 @@ def test_every_architecture_of_the_report_has_a_size():
 def test_registers_that_do_not_fit_step_aside(head_dim, most):
     qkv, rope = torch.zeros(1, 3, 3 * head_dim), torch.zeros(100, head_dim // 2, 2)
     for registers in (most, most + 1):
-        reason = attention.unsupported_reason(qkv, rope, 1, -1, torch.zeros(1, registers, 3 * head_dim), False)
+        reason = attention.unsupported_reason(
+            qkv, rope, 1, (-1, -1), torch.zeros(1, registers, 3 * head_dim), False, None
+        )
         assert bool(reason) == (registers > most)
         assert not reason or (str(registers) in reason and str(head_dim) in reason)
 
@@ -180,14 +182,14 @@ shapes = cases.random_shapes(6 * len(cases.OPERATORS), seed=5)
 for operator in cases.OPERATORS:
     ours = [shape for shape in shapes if shape.operator == operator]
     assert len(ours) == 6 and len(list(cases.cases_of(ours, "sm_90"))) > len(ours), operator
-products = [shape for shape in cases.random_shapes(200, seed=0) if shape.tf32]
+products = [shape for shape in cases.random_shapes(400, seed=0) if shape.tf32]
 assert products and all(shape.arguments[0].dtype == torch.float32 for shape in products)
 
 def precisions(shapes):
     return {case.constants.get("PRECISION") for case in cases.cases_of(shapes, "sm_90")}
 
-for operator in cases.PRODUCTS:  # attention has sizes that stay exact
-    assert "tf32" in precisions([shape for shape in products if shape.operator == operator][:4]), operator
+for operator in cases.PRODUCTS:  # attention and recurrences have sizes that stay exact, or go to PyTorch
+    assert "tf32" in precisions([shape for shape in products if shape.operator == operator][:8]), operator
 exact = [shape for shape in shapes if shape.operator in cases.PRODUCTS and not shape.tf32]
 assert precisions(exact) == {"ieee", None}, precisions(exact)
 assert torch.get_float32_matmul_precision() == "highest"

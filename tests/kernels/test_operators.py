@@ -230,25 +230,20 @@ def expanded_where_it_is_constant(tensor):
 @every_case
 @pytest.mark.parametrize("layout", [strided, expanded_where_it_is_constant], ids=["strided", "expanded"])
 def test_arguments_of_any_strides(case, layout, device):
+    """All of them at once: an argument that is read as if it were contiguous shows in what follows from it."""
     operator, arguments, _ = leaves_of(*case, device)
-    for i in operator.tensors:
-        if arguments[i] is None:
-            continue
-        unusual = layout(arguments[i].detach())
-        plain = unusual.clone(memory_format=torch.contiguous_format)
-        found = []
-        cotangents = None
-        for value in (plain, unusual):
-            given = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
-            given[i] = value
-            takes = [j for j in operator.tensors if j not in CONSTANTS.get(operator.name, ())]
-            differentiable = [given[j] for j in takes if given[j] is not None]
-            differentiable = [t.requires_grad_() for t in differentiable]
-            results, grads, cotangents = results_and_gradients(operator, given, differentiable, cotangents)
-            found.append([*results, *grads])
-        for got, want in zip(*found, strict=True):  # of other layouts sums may have another order
-            bound = 1e-5 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
-            assert relative_error(got, want) < bound, f"argument {i}"
+    unusual = [layout(a.detach()) if i in operator.tensors and a is not None else a for i, a in enumerate(arguments)]
+    plain = [a.clone(memory_format=torch.contiguous_format) if isinstance(a, torch.Tensor) else a for a in unusual]
+    takes = [i for i in operator.tensors if i not in CONSTANTS.get(operator.name, ()) and arguments[i] is not None]
+    found, cotangents = [], None
+    for given in (plain, unusual):
+        results, grads, cotangents = results_and_gradients(
+            operator, given, [given[i].requires_grad_() for i in takes], cotangents
+        )
+        found.append([*results, *grads])
+    for got, want in zip(*found, strict=True):  # of other layouts sums may have another order
+        bound = 1e-5 if got.dtype == torch.float32 else 2 * torch.finfo(got.dtype).eps
+        assert relative_error(got, want) < bound
 
 
 @every_case
