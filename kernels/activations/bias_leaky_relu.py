@@ -75,7 +75,7 @@ def _bias_leaky_relu_backward_kernel(
     offs = tl.arange(0, BLOCK)
     mask = start + offs < total
     grad = tl.load(grad_y_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + start + offs, mask=mask, other=0.0)
+    y = tl.load(y_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
     grad = tl.where(y > 0, grad, grad * slope)
     tl.store(grad_x_ptr + start + offs, round_to(grad, grad_x_ptr.dtype.element_ty), mask=mask)
     if NEED_BIAS:
@@ -124,7 +124,7 @@ def _bias_leaky_relu_columns_kernel(
         mask = (start + offs_m < rows)[:, None] & (offs_n < width)[None, :]
         offs = start * width + (offs_m[:, None] * width + offs_n[None, :])
         grad = tl.load(grad_y_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad = tl.where(y > 0, grad, grad * slope)
         tl.store(grad_x_ptr + offs, round_to(grad, grad_x_ptr.dtype.element_ty), mask=mask)
         total += grad
