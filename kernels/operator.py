@@ -11,7 +11,7 @@ same node and the same functions.
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class Operator:
             the fake implementation, too.
         forward: `forward(outputs, *arguments)` fills them.
         saved: names of the results that the backward pass reads.
+        kept_instead: argument -> result that backward pass and formula get in its place, where they need no more of it,
+            so that it is not kept. The result has its shape and dtype.
         backward: `backward(grads, needs, *arguments, *saved) -> sequence`. grads: gradients of the caller's results,
             None for an unused one; needs: for each tensor argument, whether it needs a gradient; arguments: without
             `keep`; saved: the saved results. Returns a gradient for each tensor argument in order, contiguous unless
@@ -74,6 +76,7 @@ class Operator:
         backward: Callable[..., Sequence[Tensor | None]],
         formula: Callable[..., Tensor | tuple[Tensor, ...]],
         saved: Sequence[str] = (),
+        kept_instead: Mapping[str, str] | None = None,
         gradients: Callable[..., Sequence[Tensor | None]] | None = None,
     ):
         parsed = torch._C.parse_schema(name + schema)
@@ -84,7 +87,9 @@ class Operator:
         self.outputs, self.forward, self.backward, self.formula = outputs, forward, backward, formula
         self.gradients = gradients or self._like_arguments
         self.tensors = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        self.saved = [[r.name for r in returns].index(kept) for kept in saved]
+        names, of_results = [a.name for a in arguments], [r.name for r in returns]
+        self.saved = [of_results.index(kept) for kept in saved]
+        self._instead = {names.index(a): of_results.index(r) for a, r in (kept_instead or {}).items()}
         self._has_one_result = len(returns) == 1
         # `apply` without what `autograd.Function` does in Python before it, 3 µs: that unwraps what a function
         # transform has left behind, which no kernel could read
@@ -121,7 +126,8 @@ class Operator:
         self._run(*arguments, False)
         results = self._run(*arguments, True)
         needs = [arguments[i] is not None for i in self.tensors]
-        self.backward(results[: self.results], needs, *arguments, *[results[i] for i in self.saved])
+        kept = [results[self._instead[i]] if i in self._instead else a for i, a in enumerate(arguments)]
+        self.backward(results[: self.results], needs, *kept, *[results[i] for i in self.saved])
 
     def _run(self, *arguments) -> tuple[Tensor | None, ...]:
         results = self.outputs(*arguments)
@@ -195,7 +201,7 @@ def _absent_as_none(tensor: Tensor | None) -> Tensor | None:
 
 def _node_of(operator: Operator) -> type[torch.autograd.Function]:
     """The operator's autograd.Function; autograd's graph shows it under the operator's name."""
-    indices, n_results = operator.tensors, operator.results
+    indices, n_results, instead = operator.tensors, operator.results, operator._instead
 
     def forward(ctx, watched, *arguments):
         if watched:
@@ -206,7 +212,8 @@ def _node_of(operator: Operator) -> type[torch.autograd.Function]:
         else:
             results = operator._run(*arguments, True)
             returned = results[:n_results]
-        ctx.save_for_backward(*[arguments[i] for i in indices], *[results[i] for i in operator.saved])
+        kept = [results[instead[i]] if i in instead else arguments[i] for i in indices]
+        ctx.save_for_backward(*kept, *[results[i] for i in operator.saved])
         scalars = list(arguments)
         for i in indices:
             scalars[i] = None

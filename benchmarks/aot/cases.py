@@ -46,6 +46,15 @@ BANDS = {
     "band": (4, 282, 2048, 64, 128),
     "band O 32": (4, 282, 2048, 64, 32),
 }  # B, frames, n_fft, K, channels of a band
+MAPS = {  # B, C, sizes, channels last in memory: of discriminators, on three seconds and on segments
+    "disc-activation": (4, 512, (2667, 2), False),
+    "disc-activation last": (4, 512, (2667, 2), True),
+    "period, 3 to a row": (4, 1024, (593, 3), False),
+    "period, segments": (16, 1024, (10, 11), False),
+    "scale": (4, 64, (9000,), False),
+    "resolution": (4, 32, (282, 102), False),
+    "frequency": (4, 8, (282, 1025), False),
+}
 ROWS = {"128": (72192, 128), "512": (16384, 512), "odd": (1000, 341)}  # N, C
 
 Arguments = tuple
@@ -232,6 +241,20 @@ def _of_roformer_block(batch: int, tokens: int, channels: int, stream: torch.dty
     return empty(batch, tokens, channels, dtype=stream), *weights
 
 
+def bias_leaky_relu() -> Iterator[tuple[str, Arguments]]:
+    for (name, (batch, channels, sizes, last)), (element, dtype) in product(MAPS.items(), DTYPES.items()):
+        yield f"{name} {element}", _bias_leaky_relu(dtype, batch, channels, sizes, last)
+
+
+def _bias_leaky_relu(dtype, batch: int, channels: int, sizes: tuple[int, ...], last: bool) -> Arguments:
+    x = (
+        empty(batch, *sizes, channels, dtype=dtype).movedim(-1, 1)
+        if last
+        else empty(batch, channels, *sizes, dtype=dtype)
+    )
+    return x, empty(channels), 0.2
+
+
 # operators whose kernels make float32 products
 PRODUCTS = ("rope_attention", "grouped_rnn", "roformer_block", "band_split", "band_unsplit")
 
@@ -299,6 +322,13 @@ def odd_spectral_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arg
 def odd_weight_norm(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
     weights = odd_weights(draw)
     return f"{len(weights)} weights", _weight_norm(dtype, weights)
+
+
+def odd_bias_leaky_relu(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    batch, channels = draw.randint(1, 4), draw.randint(1, draw.choice((4, 64, 1024)))
+    sizes = tuple(draw.randint(1, draw.choice((3, 40, 1000))) for _ in range(draw.randint(0, 2)))
+    last = draw.random() < 0.3
+    return f"{batch} × {channels} × {sizes}{' last' * last}", _bias_leaky_relu(dtype, batch, channels, sizes, last)
 
 
 def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
@@ -409,6 +439,7 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard 
     "rnn_block": (rnn_block, odd_rnn_block),
     "spectral_norm": (spectral_norm, odd_spectral_norm),
     "weight_norm": (weight_norm, odd_weight_norm),
+    "bias_leaky_relu": (bias_leaky_relu, odd_bias_leaky_relu),
     "band_split": (band_split, odd_band_split),
     "band_unsplit": (band_unsplit, odd_band_unsplit),
 }

@@ -31,6 +31,7 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     rope = F.rope_table(300, 8)
     qkv, long_qkv, registers = leaves((2, 20, 48), (1, 290, 48), (1, 2, 48))
     x, w, u, v = leaves((2, 3, 16), (1, 2, 24, 8), (1, 2, 24, 8), (1, 2, 32, 8))
+    feature_map, map_bias = leaves((1, 8, 300), (8,))
     image, kernel, bias, norm = leaves((1, 8, 6, 6), (8, 1, 3, 3), (8,), (8,))
     rows, w1, b1, w2, b2, residual = leaves((1, 6, 6, 8), (32, 8), (32,), (8, 32), (8,), (1, 8, 6, 6))
     norm_rows, scale, gate, up, down = leaves((6, 8), (8,), (21, 8), (21, 8), (8, 21))
@@ -65,6 +66,7 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
             lambda: F.depthwise_conv_layer_norm(*depthwise, bias, stride=(1, 1)), depthwise
         ),
         "convnext_mlp": (lambda: F.convnext_mlp(*mlp, residual=residual), [*mlp, residual]),
+        "bias_leaky_relu": (lambda: F.bias_leaky_relu(feature_map, map_bias, 0.2), [feature_map, map_bias]),
         "rms_norm": (lambda: F.rms_norm(norm_rows, scale), [norm_rows, scale]),
         "swiglu": (lambda: F.swiglu(gate, up), [gate, up]),
         "swiglu_mlp": (lambda: F.swiglu_mlp(norm_rows, gate, up, down), [norm_rows, gate, up, down]),

@@ -136,6 +136,11 @@ def convnext_mlp(x, weight1, bias1, weight2, bias2, *, residual=None):
     return y if residual is None else y + residual
 
 
+def bias_leaky_relu(x, bias, slope=0.01):
+    """(B, C, …) -> (B, C, …)."""
+    return F.leaky_relu(x + bias.view(-1, *[1] * (x.dim() - 2)), slope)
+
+
 def spectral_norms(weights, us, vs, *, n_power_iterations=1, eps=1e-12):
     """As torch.nn.utils.spectral_norm does it, weight by weight."""
     normed = []

@@ -1,4 +1,4 @@
-"""The norms of their weights, each discriminator, and all four.
+"""The norms of their weights, what follows a convolution, each discriminator, and all four.
 
 A training step is the discriminator's losses and the generator's, both with backward.
 """
@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.workloads.workload import SAMPLE_RATE, Workload, normal
+from benchmarks.workloads.workload import SAMPLE_RATE, Workload, by, normal, operation
 
 WINDOWS = (2048, 1024, 512)  # samples, of the spectral discriminators
+# of a period of 2 in MultiPeriod's third layer
+MAPS = {"full": (4, 512, 2667, 2), "cpu": (1, 512, 304, 2), "toy": (2, 3, 40, 2)}  # B, C, rows, period
 SHAPES = {"full": (4, 1, 3 * SAMPLE_RATE), "cpu": (1, 1, 16384), "toy": (1, 1, 1200)}  # B, 1, samples
 
 
@@ -80,6 +82,12 @@ def norms(size: str) -> list[Workload]:
     ]
 
 
+def activation(size: str) -> Workload:
+    b, c, *sizes = MAPS[size]
+    build = operation("bias_leaky_relu", slope=0.2)
+    return Workload("disc-activation", "operation", by((b, c, *sizes)), build, normal((b, c, *sizes), (c,)))
+
+
 def workloads(size: str) -> list[Workload]:
     toy = size == "toy"
     windows = [256, 128] if toy else list(WINDOWS)
@@ -98,7 +106,7 @@ def workloads(size: str) -> list[Workload]:
         builds["all"] = lambda kit: Critics(kit, [make(kit) for make in makers.values()])
     shape = SHAPES[size]
     draw = normal(shape, shape, scale=0.1)
-    return norms(size) + [
+    return [*norms(size), activation(size)] + [
         Workload(f"disc-{name}", "discriminator", f"{shape}, real and fake", build, draw, constant=(0,), step=step)
         for name, build in builds.items()
     ]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import spectral_norm as torch_spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm as TorchSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
@@ -16,6 +17,7 @@ from fastblocks import backend, functional
 from fastblocks.eager import convolution
 from fastblocks.spectral_ops import short_time_spectrum
 
+SLOPE = 0.2  # of every LeakyReLU
 Scores = list[Tensor]
 FeatureMaps = list[list[Tensor]]
 
@@ -47,10 +49,14 @@ _KEYS_OF_WEIGHT_NORM = {"original0": "g", "original1": "v"}
 
 
 class Conv1d(_DerivedWeight, nn.Conv1d):
-    pass
+    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias if with_bias else None)
 
 
 class Conv2d(_DerivedWeight, nn.Conv2d):
+    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
+        return self._conv_forward(input, self.weight, self.bias if with_bias else None)
+
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         other = self.kernel_size[1], self.stride[1], self.padding[1], self.dilation, self.groups, self.padding_mode
         along_time = other == (1, 1, 0, (1, 1), 1, "zeros")
@@ -188,9 +194,32 @@ class ConvLayer(nn.Module):
         self.activation = activate
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        # in place: nobody else sees the convolution's output, and its gradient does not need it
-        return F.leaky_relu(x, 0.2, inplace=True) if self.activation else x
+        if not self.activation:
+            return self.conv(x)
+        alone = not torch.compiler.is_compiling() and _is_seen_by_nobody(self.conv)
+        if x.device.type == "cpu" and backend.selected() != "triton":
+            backend.declined("bias_leaky_relu", "the input is on cpu, where convolutions add their bias")
+        elif not alone:
+            backend.declined("bias_leaky_relu", "the convolution is replaced, hooked or changed, or has no bias")
+        else:  # on a GPU a convolution adds its bias in a launch of its own
+            return functional.bias_leaky_relu(self.conv(x, with_bias=False), self.conv.bias, SLOPE)
+        # in place where nobody else sees the convolution's output, whose gradient does not need it
+        return F.leaky_relu(self.conv(x), SLOPE, inplace=alone)
+
+
+def _is_seen_by_nobody(conv: nn.Module) -> bool:
+    """Whether a convolution is one of the above with a bias, and nobody gets its output but who calls it: its bias may
+    be left to the caller, and its output be changed."""
+    return (
+        type(conv) in (Conv1d, Conv2d)
+        and conv._parameters.get("bias") is not None
+        and not conv._forward_hooks
+        and not conv._backward_hooks
+        and not conv._backward_pre_hooks
+        and all(type(hook) in (SpectralNorm, WeightNorm) for hook in conv._forward_pre_hooks.values())
+        and not {"forward", "_conv_forward"} & conv.__dict__.keys()
+        and not _has_any_global_hook()
+    )
 
 
 def run_layers(layers: nn.ModuleList, x: Tensor, fmap: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ H heads or hidden units, D = C / H, R registers, G groups. Floating-point inputs
 float64; the statistics of norms, softmax and recurrent states are kept in float32 (float64 for float64).
 """
 
+from fastblocks.functional.activations import bias_leaky_relu
 from fastblocks.functional.attention import rope_attention, rope_table
 from fastblocks.functional.bands import band_split, band_unsplit
 from fastblocks.functional.blocks import rnn_block, roformer_block
@@ -18,6 +19,7 @@ __all__ = [
     "adversarial_loss",
     "band_split",
     "band_unsplit",
+    "bias_leaky_relu",
     "convnext_mlp",
     "depthwise_conv_layer_norm",
     "discriminator_loss",

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.norms import config, tables
-from fastblocks.kernels.norms.tables import FIELDS, Norm, Table, layer_of
+from fastblocks.kernels.norms.tables import FIELDS, Norm, Table, layer_of, products_of_rows, sum_between, tile_of
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -74,13 +74,7 @@ def _spectral_rows_kernel(
     norm = 1.0
     if ITERATE:
         first, last = tl.load(row_ptr + COLUMN_TILE).to(tl.int32), tl.load(row_ptr + FIELDS + COLUMN_TILE).to(tl.int32)
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(first, last, BLOCK_N):
-            offs = start + tl.arange(0, BLOCK_N)
-            squares += tl.load(squares_ptr + offs, mask=offs < last, other=0.0)
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), eps)
-    offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    mask_o = offs_o < rows
+        norm = tl.maximum(tl.sqrt_rn(sum_between(squares_ptr, first, last, False, BLOCK_N)), eps)
     total = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
     for start in range(0, columns, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
@@ -92,10 +86,11 @@ def _spectral_rows_kernel(
         else:
             v = tl.load(v_ptr + offs_n, mask=mask_n, other=0.0)
         tl.store(v_out_ptr + at_v + offs_n, v, mask=mask_n & (row_tile == 0))
-        offs = offs_o[:, None] * columns + offs_n[None, :]
-        w = tl.load(w_ptr + offs, mask=mask_o[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
+        w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         total += w * v.to(tl.float32)[None, :]
-    tl.store(p_ptr + tl.load(row_ptr + 7) + offs_o, tl.sum(total, axis=1), mask=mask_o)
+    offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    tl.store(p_ptr + tl.load(row_ptr + 7) + offs_o, tl.sum(total, axis=1), mask=offs_o < rows)
 
 
 @triton.jit
@@ -113,12 +108,7 @@ def _spectral_divide_kernel(
     at_u = tl.load(row_ptr + 7)
     norm = 1.0
     if ITERATE:
-        squares = tl.zeros([BLOCK_N], tl.float32)
-        for start in range(0, rows, BLOCK_N):
-            offs = start + tl.arange(0, BLOCK_N)
-            p = tl.load(p_ptr + at_u + offs, mask=offs < rows, other=0.0)
-            squares += p * p
-        norm = tl.maximum(tl.sqrt_rn(tl.sum(squares, axis=0)), eps)
+        norm = tl.maximum(tl.sqrt_rn(sum_between(p_ptr + at_u, 0, rows, True, BLOCK_N)), eps)
     products = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, rows, BLOCK_N):
         offs = start + tl.arange(0, BLOCK_N)
@@ -133,12 +123,9 @@ def _spectral_divide_kernel(
         products += p * u.to(tl.float32)
     sigma = tl.sum(products, axis=0)
     tl.store(sigma_ptr + layer, sigma, mask=row_tile == 0)
-    offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     out_ptr += tl.load(row_ptr + 5)
     for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = (offs_o < rows)[:, None] & (offs_n < columns)[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
         w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + offs, round_to(tl.div_rn(w, sigma), out_ptr.dtype.element_ty), mask=mask)
 
@@ -155,15 +142,8 @@ def _spectral_along_kernel(
     rows, columns = tl.load(row_ptr + 3).to(tl.int32), tl.load(row_ptr + 4).to(tl.int32)
     out_ptr += tl.load(row_ptr + 5)
     grad_ptr += tl.load(row_ptr + 6)
-    offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    total = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
-    for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = (offs_o < rows)[:, None] & (offs_n < columns)[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        total += grad * tl.load(out_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(along_ptr + tile, tl.sum(tl.sum(total, axis=1), axis=0))
+    products = products_of_rows(grad_ptr, out_ptr, row_tile, rows, columns, BLOCK_O, BLOCK_N)
+    tl.store(along_ptr + tile, tl.sum(products, axis=0))
 
 
 @triton.jit
@@ -176,22 +156,15 @@ def _spectral_backward_kernel(
     layer, row_ptr, row_tile = layer_of(table_ptr, tl.program_id(0), ROW_TILE, layers, BLOCK_L)
     rows, columns = tl.load(row_ptr + 3).to(tl.int32), tl.load(row_ptr + 4).to(tl.int32)
     first, last = tl.load(row_ptr + ROW_TILE).to(tl.int32), tl.load(row_ptr + FIELDS + ROW_TILE).to(tl.int32)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    for start in range(first, last, BLOCK_N):
-        offs = start + tl.arange(0, BLOCK_N)
-        total += tl.load(along_ptr + offs, mask=offs < last, other=0.0)
-    along, sigma = tl.sum(total, axis=0), tl.load(sigma_ptr + layer)
+    along, sigma = sum_between(along_ptr, first, last, False, BLOCK_N), tl.load(sigma_ptr + layer)
     grad_ptr += tl.load(row_ptr + 6)
     offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
-    mask_o = offs_o < rows
-    u = along * tl.load(u_ptr + tl.load(row_ptr + 7) + offs_o, mask=mask_o, other=0.0).to(tl.float32)
+    u = along * tl.load(u_ptr + tl.load(row_ptr + 7) + offs_o, mask=offs_o < rows, other=0.0).to(tl.float32)
     v_ptr += tl.load(row_ptr + 8)
     for start in range(0, columns, BLOCK_N):
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
         offs_n = start + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < columns
-        mask = mask_o[:, None] & mask_n[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
-        v = tl.load(v_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32) - u[:, None] * v[None, :]
         tl.store(grad_ptr + offs, round_to(tl.div_rn(grad, sigma), grad_ptr.dtype.element_ty), mask=mask)
 

@@ -21,7 +21,19 @@ from torch import Tensor, nn
 from fastblocks.eager.derivatives import by_formula
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
-__all__ = ["FIELDS", "Norm", "Table", "apply", "flat", "layer_of", "layout_reason", "table_of"]
+__all__ = [
+    "FIELDS",
+    "Norm",
+    "Table",
+    "apply",
+    "flat",
+    "layer_of",
+    "layout_reason",
+    "products_of_rows",
+    "sum_between",
+    "table_of",
+    "tile_of",
+]
 
 FIELDS = tl.constexpr(11)
 ALIGNMENT = 64  # elements: at least 128 bytes, what libraries ask of a convolution's weight
@@ -103,6 +115,36 @@ def layer_of(table_ptr, tile, FIELD: tl.constexpr, layers, BLOCK_L: tl.constexpr
     layer = tl.sum((starts <= tile).to(tl.int32), axis=0) - 1
     row_ptr = table_ptr + layer * FIELDS
     return layer, row_ptr, tile - tl.load(row_ptr + FIELD).to(tl.int32)
+
+
+@triton.jit
+def tile_of(row_tile, start, rows, columns, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile of a weight's rows, columns from `start` on, lies in it, and what of that there is."""
+    offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_n = start + tl.arange(0, BLOCK_N)
+    return offs_o[:, None] * columns + offs_n[None, :], (offs_o < rows)[:, None] & (offs_n < columns)[None, :]
+
+
+@triton.jit
+def products_of_rows(a_ptr, b_ptr, row_tile, rows, columns, BLOCK_O: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Σ a · b of each row of a tile. [BLOCK_O]"""
+    total = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
+    for start in range(0, columns, BLOCK_N):
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
+        a = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        total += a * tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(total, axis=1)
+
+
+@triton.jit
+def sum_between(ptr, first, last, SQUARED: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum of the numbers, or of their squares, from the first to before the last."""
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_N):
+        offs = start + tl.arange(0, BLOCK_N)
+        x = tl.load(ptr + offs, mask=offs < last, other=0.0)
+        total += x * x if SQUARED else x
+    return tl.sum(total, axis=0)
 
 
 def layout_reason(tensors: Sequence[Tensor]) -> str:

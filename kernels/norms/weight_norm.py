@@ -16,7 +16,7 @@ from torch import Tensor
 from fastblocks.eager.weights import weight_norm as formula_of_one
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.norms import config, tables
-from fastblocks.kernels.norms.tables import Norm, Table, layer_of
+from fastblocks.kernels.norms.tables import Norm, Table, layer_of, products_of_rows, tile_of
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -38,20 +38,13 @@ def _weight_norm_forward_kernel(
     rows, columns = tl.load(row_ptr + 3).to(tl.int32), tl.load(row_ptr + 4).to(tl.int32)
     offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     mask_o = offs_o < rows
-    total = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
-    for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = mask_o[:, None] & (offs_n < columns)[None, :]
-        v = tl.load(v_ptr + (offs_o[:, None] * columns + offs_n[None, :]), mask=mask, other=0.0).to(tl.float32)
-        total += v * v
-    norm = tl.where(mask_o, tl.sqrt_rn(tl.sum(total, axis=1)), 1.0)
+    squares = products_of_rows(v_ptr, v_ptr, row_tile, rows, columns, BLOCK_O, BLOCK_N)
+    norm = tl.where(mask_o, tl.sqrt_rn(squares), 1.0)
     tl.store(norm_ptr + tl.load(row_ptr + 7) + offs_o, norm, mask=mask_o)
     scale = tl.div_rn(tl.load(g_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32), norm)
     out_ptr += tl.load(row_ptr + 5)
     for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = mask_o[:, None] & (offs_n < columns)[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
         out = tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32) * scale[:, None]
         tl.store(out_ptr + offs, round_to(out, out_ptr.dtype.element_ty), mask=mask)
 
@@ -71,22 +64,14 @@ def _weight_norm_backward_kernel(
     offs_o = row_tile * BLOCK_O + tl.arange(0, BLOCK_O)
     mask_o = offs_o < rows
     grad_ptr += tl.load(row_ptr + 6)
-    total = tl.zeros([BLOCK_O, BLOCK_N], tl.float32)
-    for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = mask_o[:, None] & (offs_n < columns)[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        total += grad * tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    products = products_of_rows(grad_ptr, v_ptr, row_tile, rows, columns, BLOCK_O, BLOCK_N)
     norm = tl.load(norm_ptr + at + offs_o, mask=mask_o, other=1.0)
-    along = tl.div_rn(tl.sum(total, axis=1), norm)
+    along = tl.div_rn(products, norm)
     tl.store(grad_g_ptr + at + offs_o, round_to(along, grad_g_ptr.dtype.element_ty), mask=mask_o)
     scale = tl.div_rn(tl.load(g_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32), norm)
     along = tl.div_rn(along, norm)
     for start in range(0, columns, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        mask = mask_o[:, None] & (offs_n < columns)[None, :]
-        offs = offs_o[:, None] * columns + offs_n[None, :]
+        offs, mask = tile_of(row_tile, start, rows, columns, BLOCK_O, BLOCK_N)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad -= tl.load(v_ptr + offs, mask=mask, other=0.0).to(tl.float32) * along[:, None]
         tl.store(grad_ptr + offs, round_to(grad * scale[:, None], grad_ptr.dtype.element_ty), mask=mask)

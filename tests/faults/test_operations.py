@@ -10,7 +10,7 @@ import torch
 from fastblocks import backend, functional
 from fastblocks.functional.convnext import conv_output_size
 from tests.compare import relative_error
-from tests.reference import attention, blocks, convnext, recurrent, rows, spectral
+from tests.reference import activations, attention, blocks, convnext, recurrent, rows, spectral
 
 pytestmark = pytest.mark.usefixtures("poison")  # also what an operation allocates below the dispatcher
 
@@ -329,6 +329,24 @@ def test_a_sum_normalized_and_its_gradient(name, dtype):
     rms_norm.backward(grad, total, rstd, None, grad, kept_is_normalized=False, grad_residual=grad)
     for got, right in ((out, exact), (grad_x, want), (grad, want)):
         assert relative_error(got, right) < ALLOWED[dtype]
+
+
+# ---- bias_leaky_relu -------------------------------------------------------------------------------------------------
+
+MAPS = {"blocks of two rows": (2, 3, 601), "blocks of several": (2, 5, 45), "columns": (3, 5, 2, 3), "one": (1, 1, 40)}
+
+
+@every(MAPS, DTYPES[::2])
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_bias_leaky_relu(name, dtype, layout):
+    x = torch.randn(MAPS[name])
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if layout == "last" else x
+    check(
+        lambda x, bias: (functional.bias_leaky_relu(x, bias, 0.2),),
+        lambda x, bias: (activations.bias_leaky_relu(x, bias, 0.2),),
+        {"x": x, "bias": torch.randn(x.shape[1])},
+        dtype,
+    )
 
 
 # ---- band_split, band_unsplit ----------------------------------------------------------------------------------------

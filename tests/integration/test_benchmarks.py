@@ -137,7 +137,9 @@ def test_command_line_without_a_gpu(tmp_path, capsys):
 
 def test_list(capsys):
     assert main(["--list", "--size", "cpu", "disc"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 6  # the norms of weights, and four discriminators
+    assert (
+        len(capsys.readouterr().out.splitlines()) == 7
+    )  # two norms of weights, an activation, and four discriminators
 
 
 def test_adapters_without_their_packages(tmp_path, capsys, monkeypatch):

@@ -32,6 +32,7 @@ CALLS = {
     "depthwise_conv_layer_norm": (
         F.depthwise_conv_layer_norm, [ones(1, 4, 9), ones(4, 1, 3), ones(4), ones(4), ones(4)], {"stride": (1,)},
     ),
+    "bias_leaky_relu": (F.bias_leaky_relu, [ones(2, 4, 3), ones(4)], {}),
     "convnext_mlp": (F.convnext_mlp, [ones(1, 5, 4), ones(8, 4), ones(8), ones(4, 8), ones(4)], {}),
     "band_split": (F.band_split, [ones(1, 5, 3, 2), ones(2, 6, 4), ones(2, 4)], {"ranges": [(0, 3), (2, 5)]}),
     "band_unsplit": (

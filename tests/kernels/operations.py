@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastblocks import functional
-from tests.reference import attention, blocks, convnext, recurrent, rows, spectral
+from tests.reference import activations, attention, blocks, convnext, recurrent, rows, spectral
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ def _mlp(dtype: torch.dtype = torch.float32) -> Operation:
         return convnext.convnext_mlp(**leaves, residual=residual.movedim(-1, 1)).movedim(1, -1)
 
     return Operation(sizes, run, exact, dtype)
+
+
+def _bias_leaky_relu(length: int, channels_last: bool) -> Operation:
+    def run(x, bias):
+        x = x.movedim(-1, 1)
+        return functional.bias_leaky_relu(x if channels_last else x.contiguous(), bias, 0.2).movedim(1, -1)
+
+    def exact(x, bias):
+        return activations.bias_leaky_relu(x.movedim(-1, 1), bias, 0.2).movedim(1, -1)
+
+    return Operation({"x": (2, length, 5), "bias": (5,)}, run, exact)
 
 
 def _rms_norm() -> Operation:
@@ -191,6 +202,8 @@ OPERATIONS = {
     "band_split": _bands(),
     "band_split, float16": _bands(torch.float16),
     "band_unsplit": _bands(unsplit=True),
+    "bias_leaky_relu": _bias_leaky_relu(40, False),
+    "bias_leaky_relu, channels last": _bias_leaky_relu(7, True),
     "depthwise": _depthwise((7,)),
     "depthwise, 2-D": _depthwise((4, 3)),
     "mlp": _mlp(),

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastblocks
@@ -169,6 +170,31 @@ def test_what_the_kernels_leave_alone(change, reason, device):
     assert relative_error(got, weights[0] / (us[0] @ weights[0].flatten(1) @ vs[0])) < 1e-6
 
 
+@pytest.mark.parametrize("norm", ["spectral", "weight"])
+def test_in_one_graph_and_with_tensors_that_hold_nothing(norm, device):
+    """What compiles sees the plain formulas, all of a discriminator in one graph, vectors that change in place, too;
+    fake tensors find shapes alone."""
+    module = fastblocks.MultiFrequencyDiscriminator(1, [32], hidden_channels=1, norm=norm).to(device)
+    clip, found = torch.randn(1, 1, 100, device=device), []
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for called in (module, compiled):
+        module.load_state_dict(state)
+        with use_backend("triton"):
+            scores, maps = called(clip)
+        grads = torch.autograd.grad(scores[0].sum() + sum(m.square().sum() for m in maps[0]), list(module.parameters()))
+        found.append([*scores, *maps[0], *grads, *(value.clone() for value in module.buffers())])
+    for got, want in zip(*found, strict=True):
+        assert relative_error(got, want) < 1e-4
+    with FakeTensorMode() as mode, use_backend("triton"):
+        fake = fastblocks.MultiFrequencyDiscriminator(1, [32], hidden_channels=1, norm=norm)
+        (score,), _ = fake(torch.empty(1, 1, 100))
+        score.sum().backward()
+    assert score.fake_mode is mode and score.shape == found[0][0].shape
+    assert all(p.grad.shape == p.shape for p in fake.parameters())
+
+
 def test_moved_saved_tensors(device):
     """Hooks that offload saved tensors give them back at another address; those of checkpointing do so once."""
     tensors, call = weight(torch.float32, device)
@@ -216,9 +242,8 @@ def test_a_discriminator_and_its_gradients(norm, device):
         with use_backend(name), backend._watch() as decisions:
             scores, maps = module(clip)
         # all weights in one call, and the second call of one convolution; plain PyTorch takes weight by weight
-        assert [decision.backend for decision in decisions] == [name] * (
-            2 if name == "triton" or device.type == "cuda" else 7
-        )
+        norms = [decision.backend for decision in decisions if decision.operation.endswith("_norm")]
+        assert norms == [name] * (2 if name == "triton" or device.type == "cuda" else 7)
         grads = torch.autograd.grad(scores[0].sum() + sum(m.square().sum() for m in maps[0]), list(module.parameters()))
         found.append([*scores, *maps[0], *grads, *(value.clone() for value in module.buffers())])
     for got, want in zip(*found, strict=True):

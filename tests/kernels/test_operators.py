@@ -49,6 +49,15 @@ def depthwise(sizes, kernel, stride, transposed, bias=True, channels_last=False)
     return "depthwise_conv_layer_norm", make
 
 
+def bias_leaky_relu(*sizes, dtype=torch.float32, channels_last=False):
+    def make():
+        x = torch.randn(sizes).to(dtype)
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+        return x, torch.randn(sizes[1]), 0.2
+
+    return "bias_leaky_relu", make
+
+
 def mlp(dtype, residual, c_out=6):
     def make():
         sizes = [(2, 5, 3, 7), (28, 7), (28,), (c_out, 28), (c_out,), (2, c_out, 5, 3)]
@@ -130,6 +139,9 @@ CASES = {
     "depthwise, 2-D strided": depthwise((7, 9), (3, 5), (2, 3), False, bias=False),
     "depthwise, transposed": depthwise((4, 3), (5, 3), (2, 2), True),
     "depthwise, channels last": depthwise((7, 9), (3, 5), (1, 1), False, channels_last=True),
+    "bias, LeakyReLU": bias_leaky_relu(2, 3, 300),
+    "bias, LeakyReLU, channels last": bias_leaky_relu(2, 6, 4, 3, dtype=torch.bfloat16, channels_last=True),
+    "bias, LeakyReLU, few positions": bias_leaky_relu(3, 6, 4, dtype=torch.float16),
     "MLP, float32": mlp(torch.float32, True),
     "MLP, fused": mlp(torch.bfloat16, True),
     "MLP without a residual": mlp(torch.float16, False, 9),
@@ -316,6 +328,7 @@ def large(name):
         "convnext_mlp": lambda b: (
             empty(b, 5, 8), empty(32, 8), empty(32), empty(8, 32), empty(8), empty(b, 8, 5), torch.float32,
         ),
+        "bias_leaky_relu": lambda b: (empty(b, 8, 40), empty(8), 0.2),
         "rms_norm": lambda b: (empty(1000 * b, 8), empty(8), 1e-6),
         "band_split": lambda b: (empty(b, 9, 70, 2), empty(2, 14, 8), empty(2, 8), [0, 3, 2, 9], torch.float32),
         "band_unsplit": lambda b: (

@@ -261,9 +261,11 @@ def test_spectral_norm_checks_its_arguments(shapes, iterations, message):
         fastblocks.functional.spectral_norm(*map(torch.ones, shapes), n_power_iterations=iterations)
 
 
-def test_explain_sees_spectral_norm():
-    said = fastblocks.explain(MultiFrequency(1, [32], hidden_channels=2), torch.randn(1, 1, 100))
-    assert said.startswith("spectral_norm: ") and said.endswith("× 6")
+def test_explain_sees_every_operation():
+    module = MultiFrequency(1, [32], hidden_channels=2)
+    activations, norms = sorted(fastblocks.explain(module, torch.randn(1, 1, 100)).splitlines())
+    assert norms.startswith("spectral_norm: ") and norms.endswith("× 6")
+    assert activations.startswith("bias_leaky_relu: ") and activations.endswith("× 6")
 
 
 @pytest.mark.parametrize("norm", ["spectral", "weight"])
