@@ -24,7 +24,7 @@ from fastblocks.kernels.runtime import cdiv, tl, triton
 
 @triton.jit
 def _grad_weight_kernel(
-    spectrum_ptr, window_ptr, bands_ptr, partial_ptr, partial_bias_ptr, table_ptr, tiles_ptr,
+    spectrum_ptr, window_ptr, bands_ptr, partial_ptr, partial_bias_ptr, bands_table_ptr, tiles_ptr,
     T, blocks_t, n_blocks,
     stride_spectrum_b, stride_spectrum_t, stride_spectrum_f, stride_spectrum_c,
     stride_bands_b, stride_bands_t, stride_bands_k,
@@ -39,20 +39,19 @@ def _grad_weight_kernel(
 
     A slab of `partial` is (all_lanes, N), one of `partial_bias` (all_lanes,) or (K, N).
     """
-    k = tl.load(tiles_ptr + 4 * tl.program_id(0))
-    start = tl.load(tiles_ptr + 4 * tl.program_id(0) + 1)
-    first = tl.load(table_ptr + 4 * k) * CHANNELS
-    lanes = tl.load(table_ptr + 4 * k + 1)
-    at = tl.load(table_ptr + 4 * k + 2)
-    offs_l = start + tl.arange(0, BLOCK_L)
+    tiles_ptr += 4 * tl.program_id(0)
+    k = tl.load(tiles_ptr)
+    first = tl.load(tiles_ptr + 1)
+    lanes = first + tl.arange(0, BLOCK_L)
+    at = tl.load(tiles_ptr + 3) + tl.arange(0, BLOCK_L)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_l, mask_n = offs_l < lanes, offs_n < N
-    offs_x = lane_offsets(first + offs_l, stride_spectrum_f, stride_spectrum_c, CHANNELS, FLAT, INDEX_INT64)
+    mask_l, mask_n = lanes < tl.load(tiles_ptr + 2), offs_n < N
+    offs_x = lane_offsets(lanes, stride_spectrum_f, stride_spectrum_c, CHANNELS, FLAT, INDEX_INT64)
     bands_ptr += k.to(tl.int64) * stride_bands_k
     offs_y = times(offs_n, 1, INDEX_INT64)
     offs_m = tl.arange(0, BLOCK_M)
     if window_ptr is not None:
-        window = tl.load(window_ptr + (first + offs_l) // CHANNELS, mask=mask_l, other=1.0).to(tl.float32)
+        window = tl.load(window_ptr + lanes // CHANNELS, mask=mask_l, other=1.0).to(tl.float32)
     total = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
     total_bias = tl.zeros([BLOCK_L if BIAS_OF_LANES else BLOCK_N], tl.float32)
     for block in range(tl.program_id(1), n_blocks, tl.num_programs(1)):
@@ -70,17 +69,18 @@ def _grad_weight_kernel(
         total_bias += tl.sum((x if BIAS_OF_LANES else y).to(tl.float32), axis=0)
         total = dot(tl.trans(round_to(x, DTYPE)), round_to(y, DTYPE), PRECISION, total)
     slab = tl.program_id(1).to(tl.int64) * stride_slab
-    offs = (at + offs_l).to(tl.int64)[:, None] * N + offs_n[None, :]
+    offs = at.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(partial_ptr + slab + offs, total, mask=mask_l[:, None] & mask_n[None, :])
     if BIAS_OF_LANES:
-        tl.store(partial_bias_ptr + slab + at + offs_l, total_bias, mask=mask_l & (tl.program_id(2) == 0))
+        tl.store(partial_bias_ptr + slab + at, total_bias, mask=mask_l & (tl.program_id(2) == 0))
     else:
-        tl.store(partial_bias_ptr + slab + k * N + offs_n, total_bias, mask=mask_n & (start == 0))
+        is_first = first == tl.load(bands_table_ptr + 4 * k)  # of the band's tiles
+        tl.store(partial_bias_ptr + slab + k * N + offs_n, total_bias, mask=mask_n & is_first)
 
 
 @triton.jit
 def _sum_slabs_kernel(
-    partial_ptr, partial_bias_ptr, table_ptr, grad_weight_ptr, grad_bias_ptr,
+    partial_ptr, partial_bias_ptr, bands_table_ptr, grad_weight_ptr, grad_bias_ptr,
     slabs, width,
     stride_slab, stride_weight_k, stride_weight_l, stride_weight_n,
     N: tl.constexpr, BIAS_OF_LANES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -89,8 +89,8 @@ def _sum_slabs_kernel(
     k = tl.program_id(0)
     offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    lanes = tl.load(table_ptr + 4 * k + 1)
-    at = tl.load(table_ptr + 4 * k + 2)
+    lanes = tl.load(bands_table_ptr + 4 * k + 1)
+    at = tl.load(bands_table_ptr + 4 * k + 2)
     mask_n = offs_n < N
     mask = (offs_l < lanes)[:, None] & mask_n[None, :]
     partial_ptrs = partial_ptr + ((at + offs_l).to(tl.int64)[:, None] * N + offs_n[None, :])
@@ -137,7 +137,7 @@ def grad_weight(
     biases = plan.lanes if of_lanes else n_bands * features
     partial = torch.empty((slabs, plan.lanes * features + biases), dtype=torch.float32, device=spectrum.device)
     shared = {
-        "partial_ptr": partial, "partial_bias_ptr": partial[:, plan.lanes * features :], "table_ptr": plan.bands,
+        "partial_ptr": partial, "partial_bias_ptr": partial[:, plan.lanes * features :], "bands_table_ptr": plan.bands,
         "stride_slab": partial.shape[1], "N": features, "BIAS_OF_LANES": of_lanes,
     }  # fmt: skip
     arguments = {**of_spectrum(spectrum), "T": length}

@@ -22,14 +22,20 @@ MOST_BANDS = 4
 
 
 class Plan(NamedTuple):
-    """bands (K, 4): first bin, number of lanes, first row of the partial sums, 0.
-    blocks (J, 4): first step, one past the last, first lane, one past the last; they cover all lanes in order.
-    steps (S, 4): band, its first lane, one past its last, block; a block's bands in ascending order.
-    tiles (P, 4): band, first lane within it, 0, 0; at least one for every band.
+    """bands (K, 4): first lane, number of lanes, first row of the partial sums, 0.
+    order (K, 4): band, its first lane, number of lanes, its first piece; the widest band first.
+    pieces (Q, 4): band, its first lane, first lane of the piece, one past its last; none for a band without a bin.
+    blocks (J, 4): first step, one past the last, first lane, one past the last; together they cover all lanes. Those of
+        most steps first.
+    steps (S, 4): band, its first lane, first lane of the block, one past the last of band and block; a block's bands in
+        ascending order.
+    tiles (P, 4): band, its first lane in the spectrum, one past its last, row of the partial sums; at least one a band.
     lanes: of all bands together.
     """
 
     bands: Tensor
+    order: Tensor
+    pieces: Tensor
     blocks: Tensor
     steps: Tensor
     tiles: Tensor
@@ -37,43 +43,47 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def plan(
-    ranges: tuple[int, ...], bins: int, channels: int, block_lanes: int, tile_lanes: int, device: torch.device
-) -> Plan:
-    """The tables of bands with bins [ranges[2k], ranges[2k + 1]), blocks of up to `block_lanes` and tiles of
-    `tile_lanes` lanes."""
-    bands, blocks, steps, tiles, lanes = _tables(ranges, bins, channels, block_lanes, tile_lanes)
-    rows = [*bands, *blocks, *steps, *tiles]
-    sizes = [len(bands), len(blocks), len(steps), len(tiles)]
-    return Plan(*torch.tensor(rows, dtype=torch.int32, device=device).view(-1, 4).split(sizes), lanes)
+def plan(ranges: tuple[int, ...], bins: int, channels: int, sizes: tuple[int, int, int], device: torch.device) -> Plan:
+    """The tables of bands with bins [ranges[2k], ranges[2k + 1]); sizes: lanes of a piece, a block and a tile."""
+    *tables, lanes = _tables(ranges, bins, channels, *sizes)
+    rows = torch.tensor(list(chain(*tables)), dtype=torch.int32, device=device).view(-1, 4)
+    return Plan(*rows.split([len(table) for table in tables]), lanes)
 
 
 @cache
-def _tables(ranges: tuple[int, ...], bins: int, channels: int, block_lanes: int, tile_lanes: int):
-    bands, tiles, total = [], [], 0
-    for k, (start, end) in enumerate(pairs(ranges)):
-        lanes = (end - start) * channels
-        bands.append((start, lanes, total, 0))
-        tiles += [(k, first, 0, 0) for first in range(0, max(1, lanes), tile_lanes)]
-        total += lanes
-    spans = [(k, start * channels, end * channels) for k, (start, end) in enumerate(pairs(ranges)) if start < end]
-    blocks, steps, first = [], [], 0
-    while first < bins * channels:
-        left = sorted(start for _, start, end in spans if end > first)
-        later = [start for start in left[MOST_BANDS:] if start > first]
-        last = min([first + block_lanes, bins * channels, *later[:1]])
-        found = [(k, start, end, len(blocks)) for k, start, end in spans if start < last and end > first]
-        blocks.append((len(steps), len(steps) + len(found), first, last))
+def _tables(ranges: tuple[int, ...], bins: int, channels: int, piece_lanes: int, block_lanes: int, tile_lanes: int):
+    spans = [(start * channels, end * channels) for start, end in pairs(ranges)]
+    bands, pieces, tiles, total, piece_of = [], [], [], 0, []
+    for k, (first, last) in enumerate(spans):
+        bands.append((first, last - first, total, 0))
+        piece_of.append(len(pieces))
+        pieces += [(k, first, at, min(last, at + piece_lanes)) for at in range(first, last, piece_lanes)]
+        tiles += [(k, at, last, total + at - first) for at in range(first, max(first + 1, last), tile_lanes)]
+        total += last - first
+    widest = sorted(range(len(spans)), key=lambda k: -bands[k][1])
+    order = [(k, *bands[k][:2], piece_of[k]) for k in widest]
+    blocks, steps, start = [], [], 0
+    while start < bins * channels:
+        left = sorted(first for first, last in spans if first < last and last > start)
+        later = [first for first in left[MOST_BANDS:] if first > start]
+        end = min([start + block_lanes, bins * channels, *later[:1]])
+        found = [
+            (k, first, start, min(end, last))
+            for k, (first, last) in enumerate(spans)
+            if first < min(end, last) and last > start
+        ]
+        blocks.append((len(steps), len(steps) + len(found), start, end))
         steps += found
-        first = last
-    return bands, blocks, steps, tiles, total
+        start = end
+    blocks.sort(key=lambda block: block[0] - block[1])
+    return bands, order, pieces, blocks, steps, tiles, total
 
 
 def plan_of(spectrum: Tensor, features: int, ranges: Sequence[int]) -> Plan:
     """The plan for a spectrum (B, F, T, I) and bands of so many features."""
     _, bins, _, channels = spectrum.shape
-    lanes = config.to_bins(features)["BLOCK_L"], config.grad_weight(features)["BLOCK_L"]
-    return plan(tuple(ranges), bins, channels, *lanes, spectrum.device)
+    chosen = config.to_bands(features), config.to_bins(features), config.grad_weight(features)
+    return plan(tuple(ranges), bins, channels, tuple(c["BLOCK_L"] for c in chosen), spectrum.device)
 
 
 def flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:

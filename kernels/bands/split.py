@@ -39,7 +39,7 @@ def _outputs(x, weight, bias, ranges, dtype, keep):
 
 def _forward(outputs, x, weight, bias, ranges, dtype, keep):
     plan = plan_of(x, weight.shape[2], ranges)
-    to_bands(x, None, weight, bias.contiguous(), outputs[0], plan, dtype)
+    to_bands(x, None, weight.mT, bias.contiguous(), outputs[0], plan, dtype)
 
 
 def _gradients(needs, x, weight, bias, ranges, dtype):

@@ -62,7 +62,7 @@ def _backward(grads, needs, x, weight, bias, ola_window, ranges, channels, dtype
     wanted = needs[0], needs_weight, needs_weight, False
     grad_x, grad_w, grad_bias, _ = _gradients(wanted, x, weight, bias, ola_window, ranges, channels, dtype)
     if grad_x is not None:
-        to_bands(grad_y, window, weight.mT, None, grad_x, plan, dtype)
+        to_bands(grad_y, window, weight, None, grad_x, plan, dtype)
     if needs_weight:
         grad_weight(grad_y, window, with_adjacent_features(x), grad_w.mT, grad_bias, plan, dtype)
     return grad_x, grad_w, grad_bias, None

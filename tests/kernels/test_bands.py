@@ -210,21 +210,29 @@ def test_lanes_past_a_bands_end_are_neither_read_nor_left_undefined(device):
 
 
 def test_blocks_cover_all_bins_and_steps_all_bands():
-    """Every lane belongs to one block, which has exactly the bands that reach into it, in order."""
+    """Every lane belongs to one block, which has exactly the bands that reach into it, in order; the pieces of a band
+    are its lanes. Programs with most to do start first."""
     for ranges in ([(0, 3), (1, 8), (5, 20), (12, 40)], [(i % 3, 9 + i % 4) for i in range(13)], [(7, 7)]):
         for channels in (1, 3):
-            found = plan.plan(plan.flat(ranges), 45, channels, 64, 64, torch.device("cpu"))
-            ends = [0]
+            found = plan.plan(plan.flat(ranges), 45, channels, (32, 64, 64), torch.device("cpu"))
+            spans, ends, sizes = [(a * channels, b * channels) for a, b in ranges], [0], []
             for first_step, last_step, first, last in found.blocks.tolist():
+                sizes.append(last_step - first_step)
+                inside = [(k, a, b) for k, (a, b) in enumerate(spans) if a < min(b, last) and b > first]
+                steps = found.steps[first_step:last_step].tolist()
+                assert steps == [[k, a, first, min(b, last)] for k, a, b in inside]
+            for first, last in sorted(found.blocks[:, 2:].tolist()):
                 assert first == ends[-1] < last <= first + 64
                 ends.append(last)
-                inside = [
-                    k for k, (a, b) in enumerate(ranges) if a < b and a * channels < last and b * channels > first
-                ]
-                steps = found.steps[first_step:last_step].tolist()
-                assert [k for k, *_ in steps] == inside
-                assert all([a, b] == [n * channels for n in ranges[k]] for k, a, b, _ in steps)
-            assert ends[-1] == 45 * channels
+            assert ends[-1] == 45 * channels and sizes == sorted(sizes, reverse=True)
+            widths = []
+            for k, first, lanes, piece in found.order.tolist():
+                assert (first, first + lanes) == spans[k]
+                widths.append(lanes)
+                for start in range(first, first + lanes, 32):
+                    assert found.pieces[piece].tolist() == [k, first, start, min(start + 32, first + lanes)]
+                    piece += 1
+            assert len(widths) == len(ranges) and widths == sorted(widths, reverse=True)
 
 
 def test_why_kernels_step_aside(device):
