@@ -59,6 +59,4 @@ def _signal(arguments: Arguments) -> list[Call]:
     return [("forward", (2, arguments["in_channels"], *((k - 1) * d + 2 for k, d in spans)))]
 
 
-ADAPTERS = {
-    block.__name__: [Adapter(block, _convolution, _signal, claims=_is_normed)] for block in (Conv1d, Conv2d)
-}
+ADAPTERS = {block.__name__: [Adapter(block, _convolution, _signal, claims=_is_normed)] for block in (Conv1d, Conv2d)}
