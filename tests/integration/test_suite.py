@@ -258,6 +258,14 @@ def test_command_line_json_append_report(tmp_path, capsys):
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()}
     assert main(arguments) == 0 and (tmp_path / "results" / "README.md").read_text() == text
     assert {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()} == drawn
+    # models before and after `convert`: a section of their own, from whichever file has them
+    head = "### Models that `fastblocks.convert` takes"
+    assert head not in text
+    assert main(["from-msrkit-unet", *options, "--json", str(folder / "b.json")]) == 0
+    assert main(arguments) == 0
+    both = (tmp_path / "results" / "README.md").read_text()
+    assert both.startswith(text) and both.index("| from-msrkit-unet |") > both.index(head)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()} == drawn
     gpu = document | {"device": "NVIDIA H200"}
     for row in gpu["rows"]:
         row["floor"] = 1e-9
