@@ -1,6 +1,7 @@
 """`convert` swaps blocks in place and keeps weights, optimizers, hooks, modes; what it cannot swap it names."""
 
 import copy
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,13 @@ def unchanged(model, match, *arguments, **options):
 
 def ours(module):
     return type(module).__module__.startswith("fastblocks.")
+
+
+def test_the_signature():
+    signature = inspect.signature(fastblocks.convert)
+    found = [(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in signature.parameters.values()]
+    assert found[:2] == [("model", inspect.Parameter.empty, False), ("arguments", None, False)]
+    assert found[2:] == [("only", None, True), ("skip", None, True), ("check", True, True), ("strict", True, True)]
 
 
 def test_blocks_are_swapped_and_need_no_arguments():

@@ -64,6 +64,16 @@ def test_blocks_are_swapped(package, settings):
     assert_follows(model, before, torch.randn(2, 8, 9, 11))
 
 
+@pytest.mark.parametrize("eps", [1e-12, 0.3])
+def test_the_norm_may_have_any_eps(eps):
+    model = nn.Sequential(randomized(ConvNeXtBlock(8)))
+    model[0].norm.eps = eps
+    before = copy.deepcopy(model)
+    fastblocks.convert(model)
+    assert type(model[0]) is Ours
+    assert_follows(model, before, torch.randn(2, 8, 4, 5))
+
+
 def reference(state, x):
     y = F.conv2d(x, state["conv_dw.weight"], state.get("conv_dw.bias"), padding=3, groups=x.shape[1]).movedim(1, -1)
     y = F.layer_norm(y, y.shape[-1:], state["norm.weight"], state["norm.bias"], 1e-6)
