@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, each device's newest result file."""
+"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, each device's newest result files."""
 
 import argparse
 from pathlib import Path
@@ -7,13 +7,28 @@ from benchmarks.measure.environment import ROOT
 from benchmarks.options import BadInput
 from benchmarks.report import files, plots
 from benchmarks.report.table import markdown
+from benchmarks.workloads import ON_REQUEST
 
+CONVERTED = ON_REQUEST["adapters"][1]  # how names of workloads begin that are models before and after `convert`
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """# Results
 
-Written by `python -m benchmarks report` from the newest file in each folder. How it is measured:
+Written by `python -m benchmarks report` from the newest files in each folder. How it is measured:
 [Measure](../../README.md#measure).
 """
+HEAD_OF_CONVERTED = """### Models that `fastblocks.convert` takes
+
+The models of other packages, whole: `baseline` is the original, `fastblocks` what `convert` makes of it.
+"""
+
+
+def is_converted(row: dict) -> bool:
+    """Whether a row is of a model before and after `convert`, not of the standard workloads."""
+    return row["workload"].startswith(f"{CONVERTED}-")
+
+
+def is_standard(row: dict) -> bool:
+    return not is_converted(row)
 
 
 def origin(document: dict) -> str:
@@ -39,16 +54,27 @@ def report(folder: Path) -> list[Path]:
     parts, drawn = [HEAD], []
     (folder / "plots").mkdir(exist_ok=True)
     for kind in kinds:
-        document = files.newest(kind)
-        parts.append(f"## {kind.name}\n\n{origin(document)} {markdown(document['rows'])}\n")
-        for name, draw in (("speedups", plots.speedups), ("windowed", plots.windowed), ("roofline", plots.roofline)):
-            path = folder / "plots" / f"{kind.name}-{name}.svg"
-            if draw(path, document):
-                drawn.append(path)
-                parts.append(f"![{path.stem}](plots/{path.name})\n")
+        document, converted = files.newest(kind, is_standard), files.newest(kind, is_converted)
+        parts.append(f"## {kind.name}\n")
+        if document:
+            parts.append(f"{origin(document)} {markdown(document['rows'])}\n")
+            drawn += _plots(folder, kind.name, document, parts)
+        if converted:
+            parts += [HEAD_OF_CONVERTED, f"{origin(converted)} {markdown(converted['rows'])}\n"]
     readme = folder / "README.md"
     readme.write_text("\n".join(parts))
     return [readme, *drawn]
+
+
+def _plots(folder: Path, kind: str, document: dict, parts: list[str]) -> list[Path]:
+    """Draw what there is to draw, and append it to the page."""
+    drawn = []
+    for name, draw in (("speedups", plots.speedups), ("windowed", plots.windowed), ("roofline", plots.roofline)):
+        path = folder / "plots" / f"{kind}-{name}.svg"
+        if draw(path, document):
+            drawn.append(path)
+            parts.append(f"![{path.stem}](plots/{path.name})\n")
+    return drawn
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,9 @@ def merge(old: list[dict], new: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def newest(folder: Path) -> dict[str, Any]:
-    """The newest document in a device's folder."""
-    return max((read(path) for path in folder.glob("*.json")), key=lambda document: document["date"])
+def newest(folder: Path, wanted: Callable[[dict], bool]) -> dict[str, Any] | None:
+    """The newest document in a device's folder that has rows of the kind that is wanted, with no others; None: there is
+    none."""
+    documents = (read(path) for path in folder.glob("*.json"))
+    found = [d | {"rows": rows} for d in documents if (rows := [row for row in d["rows"] if wanted(row)])]
+    return max(found, key=lambda document: document["date"], default=None)

@@ -356,6 +356,8 @@ ADAPTERS = {
             _feed_forward,
             _tokens,
             claims=_is_feed_forward,
+            # The MLP kernels of convnext_mlp, without their transpose, are predicted to take 1300 µs forward and
+            # backward of 42476 rows of 256 channels on an H100, PyTorch's products and GELU by their bytes 400.
             no_gain=torch_computes("matrix products", with_kernels=True),
         )
     ],

@@ -16,6 +16,8 @@ from fastblocks.convert.registry import adapter_of
 from fastblocks.convert.report import ConversionReport, Row, remember
 from fastblocks.eager.autocast import without_autocast
 
+SKIPPED = "skip names it"
+
 
 @dataclass
 class _Plan:
@@ -58,7 +60,7 @@ def convert(
         arguments: constructor arguments that the blocks do not tell themselves, by class name or by path in the model
             (paths win): `{"RoFormerBlock": {"n_head": 4}}`.
         only: swap only these: class names, or paths of blocks or of what contains them.
-        skip: leave these alone, named likewise.
+        skip: leave these alone, and what is inside, named likewise.
         check: run each block and its replacement on small random inputs in float64, in training and evaluation mode,
             and swap only what agrees. Without it only shapes and settings are compared.
         strict: raise where a block looks like ours and cannot be swapped. False: leave it, and say why in the report.
@@ -81,6 +83,8 @@ def convert(
             continue
         if reason := _left_out(path, module, only, skip):
             rows[path] = Row(path, type(module).__name__, False, reason)
+            if reason == SKIPPED:
+                inside.append(f"{path}." if path else "")
             continue
         places.append((path, module))
         if module not in plans:
@@ -127,7 +131,7 @@ def _left_out(path: str, module: nn.Module, only, skip) -> str:
     """Why a block is none of those that were asked for; empty if it is."""
     names = _names(path, module)
     if skip and names & set(skip):
-        return "skip names it"
+        return SKIPPED
     return "" if only is None or names & set(only) else "only does not name it"
 
 

@@ -1,9 +1,12 @@
 """Discriminators of HiFi-GAN's build (Vocos, BigVGAN, DAC, SpeechBrain, …): known, so that the report can say why they
-stay.
+stay; convolutions under spectral norm within them are swapped one by one (`spectral_norm`).
 
 Their strides, slopes and outputs are not those of fastblocks' discriminators. A block for them would have nothing to
 gain: nearly all of the time is PyTorch's convolutions (LeakyReLU in place: 0.99 × in training, 4 % less
-memory, for a period discriminator on a CPU).
+memory, for a period discriminator on a CPU). Nor have all weight norms in one launch: PyTorch's own is one kernel
+a convolution, and one backward. Of 26 weights one costs the host 2.6 µs and a launch forward, 19 µs and two launches
+with its backward pass; in `functional.weight_norms` 8 and 30 µs. That would also put all weights into one node of the
+graph, so that the losses of two bands could no longer go backward one after the other.
 """
 
 from torch import nn
@@ -23,7 +26,7 @@ def _is_hifi_gans(module: nn.Module) -> bool:
 def _left(block: Block) -> Arguments:
     raise Foreign(
         "it is of HiFi-GAN's build, whose strides, slopes and outputs are others; nearly all of its time is PyTorch's "
-        "convolutions, so there is nothing to gain"
+        "convolutions, and its weight norm one kernel a convolution, so there is nothing to gain"
     )
 
 

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from fastblocks.convert import bs_roformer, hifi_gan, msrkit, timm, vocos, x_transformers
+from fastblocks.convert import bs_roformer, hifi_gan, msrkit, spectral_norm, timm, vocos, x_transformers
 from fastblocks.convert.adapter import Adapter
 
-FAMILIES = (hifi_gan, msrkit, bs_roformer, timm, vocos, x_transformers)
+FAMILIES = (hifi_gan, msrkit, bs_roformer, timm, vocos, x_transformers, spectral_norm)
 ADAPTERS: dict[str, list[Adapter]] = {}
 for _family in FAMILIES:
     for _name, _adapters in _family.ADAPTERS.items():

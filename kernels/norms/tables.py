@@ -199,7 +199,9 @@ class _Node(torch.autograd.Function):
             return (None,) * (n + 2)
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *by_formula(lambda *views: norm.formula(views, table, *kept), tensors, grads)
-        return None, None, *norm.backward(flat(grads, tensors), table, tensors, *kept)
+        found = norm.backward(flat(grads, tensors), table, tensors, *kept)
+        # none for what nobody used, as from nodes of their own: with zeros an optimizer would decay it
+        return None, None, *(None if grads[i % len(grads)] is None else grad for i, grad in enumerate(found))
 
 
 def apply(norm: Norm, arguments: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """The adapter of timm's ConvNeXt block."""
 
+import copy
 import importlib
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import fastblocks
 from fastblocks.convert.timm import ConvNeXtBlock as Ours
+from tests.integration.converted import assert_follows
 from tests.modules.harness import check, randomized
 
 
@@ -55,12 +57,21 @@ def theirs():
 def test_blocks_are_swapped(package, settings):
     cls = ConvNeXtBlock if package == "copy" else theirs()
     model = nn.Sequential(*(randomized(cls(8, **settings)) for _ in range(2)))
-    parameters, keys, x = dict(model.named_parameters()), list(model.state_dict()), torch.randn(2, 8, 9, 11)
-    want = model(x)
+    parameters, keys, before = dict(model.named_parameters()), list(model.state_dict()), copy.deepcopy(model)
     fastblocks.convert(model)
     assert all(type(block) is Ours for block in model) and list(model.state_dict()) == keys
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert_follows(model, before, torch.randn(2, 8, 9, 11))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.3])
+def test_the_norm_may_have_any_eps(eps):
+    model = nn.Sequential(randomized(ConvNeXtBlock(8)))
+    model[0].norm.eps = eps
+    before = copy.deepcopy(model)
+    fastblocks.convert(model)
+    assert type(model[0]) is Ours
+    assert_follows(model, before, torch.randn(2, 8, 4, 5))
 
 
 def reference(state, x):

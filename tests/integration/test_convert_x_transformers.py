@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastblocks
 from fastblocks.convert.x_transformers import USUAL, USUAL_ATTEND
 from fastblocks.convert.x_transformers import Attention as Ours
+from tests.integration.converted import assert_follows
 from tests.modules.harness import check
 
 HEADS, D, C, T = 2, 16, 24, 13
@@ -121,17 +122,14 @@ def test_attention_is_swapped(source, options, rotated):
     assert isinstance(ours, Ours) and isinstance(ours, cls)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [name for name, _ in ours.named_modules()] == [name for name, _ in theirs.named_modules()]
-    x, found = torch.randn(2, T, C, requires_grad=True), []
-    for block in (theirs, ours):
-        y, intermediates = block(
-            x, rotary_pos_emb=rotary(layout, rotated, T + 2), return_intermediates=True, pos=torch.arange(T)
-        )
-        loss = (y * torch.cos(torch.arange(y.numel())).view(y.shape)).sum()
-        found.append(
-            [y, intermediates.values, *intermediates.cached_kv, *torch.autograd.grad(loss, [x, *block.parameters()])]
-        )
-    for want, got in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    x = torch.randn(2, T, C)
+
+    def call(block, x):
+        turn = rotary(layout, rotated, T + 2, x.dtype)
+        y, intermediates = block(x, rotary_pos_emb=turn, return_intermediates=True, pos=torch.arange(T))
+        return y, intermediates.values, *intermediates.cached_kv
+
+    assert_follows(ours, theirs, x, call=call)
     assert "rope_attention: eager (the input" in fastblocks.explain(ours, x, rotary_pos_emb=rotary(layout, rotated))
 
 
@@ -257,11 +255,11 @@ def test_a_decoder_of_the_package_generates_with_its_cache():
     converted = fastblocks.convert(copy.deepcopy(model))
     assert len(fastblocks.conversion_report(converted).swapped) == 2
     prompt = torch.arange(7)[None]
-    logits, tokens = [], []
-    for net in (model, converted):
-        logits.append(net(prompt))
-        tokens.append(theirs.AutoregressiveWrapper(net).generate(prompt, 20, temperature=0.0, cache_kv=True))
-    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert_follows(converted, model, call=lambda net: net(prompt), gradients=False)
+    tokens = [
+        theirs.AutoregressiveWrapper(net).generate(prompt, 20, temperature=0.0, cache_kv=True)
+        for net in (model, converted)
+    ]
     assert torch.equal(*tokens)
 
 
@@ -274,4 +272,4 @@ def test_a_whole_encoder_of_the_package(flash):
     assert len(fastblocks.conversion_report(converted).swapped) == 2
     x, mask = torch.randn(2, 20, 64), torch.arange(20).expand(2, 20) < torch.tensor([[20], [15]])
     for named in ({}, {"mask": mask}):
-        torch.testing.assert_close(converted(x, **named), model(x, **named), rtol=1e-5, atol=1e-5)
+        assert_follows(converted, model, x, call=lambda net, x, named=named: net(x, **named), jointly=True)

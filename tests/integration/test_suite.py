@@ -111,12 +111,14 @@ def test_a_networks_baseline_is_judged_by_more_than_one_rounding():
     assert errors(runner.run("training"), truth) == once
 
 
-def test_the_baseline_runs_again_only_where_somebody_would_be_refused(monkeypatch):
+@pytest.mark.parametrize("name", ["model-rnn", "from-msrkit-rnn"])
+def test_the_baseline_runs_again_only_where_somebody_would_be_refused(name, monkeypatch):
+    (workload,) = workloads.select("toy", [name])
     spread = [4e-6]
     monkeypatch.setattr(suite, "_spread", lambda runner, truth, found: calls.append(found) or spread)
     for error, asked, right in ((1e-6, False, True), (5e-6, True, True), (9e-6, True, False)):
         calls, row = [], {"mode": "training", "dtype": "fp32"}
-        allowed = suite._judge(row, [error], [1e-6], TOYS["model-rnn"], None, [])
+        allowed = suite._judge(row, [error], [1e-6], workload, None, [])
         assert bool(calls) == asked and (allowed == spread) == asked and ("refused" not in row) == right
 
 
@@ -257,6 +259,14 @@ def test_command_line_json_append_report(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "results" / "plots").iterdir()} == {"cpu-speedups.svg", "cpu-windowed.svg"}
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()}
     assert main(arguments) == 0 and (tmp_path / "results" / "README.md").read_text() == text
+    assert {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()} == drawn
+    # models before and after `convert`: a section of their own, from whichever file has them
+    head = "### Models that `fastblocks.convert` takes"
+    assert head not in text
+    assert main(["from-msrkit-unet", *options, "--json", str(folder / "b.json")]) == 0
+    assert main(arguments) == 0
+    both = (tmp_path / "results" / "README.md").read_text()
+    assert both.startswith(text) and both.index("| from-msrkit-unet |") > both.index(head)
     assert {p.name: p.read_bytes() for p in (tmp_path / "results" / "plots").iterdir()} == drawn
     gpu = document | {"device": "NVIDIA H200"}
     for row in gpu["rows"]:

@@ -111,6 +111,17 @@ def test_second_derivatives_of_a_part(make, device):
     assert relative_error(got, want) < 1e-4
 
 
+@every_norm
+def test_weights_that_nobody_used_get_no_gradient(make, device):
+    """None, as from norms one by one: with zeros an optimizer would decay them."""
+    tensors, call = make(torch.float32, device)
+    for used in (0, 2):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        with use_backend("triton"):
+            call(*leaves)[used].sum().backward()
+        assert [leaf.grad is not None for leaf in leaves] == [i % len(SHAPES) == used for i in range(len(leaves))]
+
+
 class Subclass(torch.Tensor):
     pass
 

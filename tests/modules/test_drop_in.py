@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +118,12 @@ def test_a_state_dict_of_the_other_variant_is_named(cls, mode, strict, wanted, b
         model.load_state_dict(checkpoint)
     block.load_state_dict(before)  # its own still loads
     other.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("module", ["ConvNeXt1DBlock", "ConvNeXt2DBlock"])
+def test_whoever_is_promised_the_originals_block_is_told_of_the_variant(module):
+    assert "variant='msrkit'" in (Path(__file__).parents[2] / "README.md").read_text()
+    assert "'msrkit'" in getattr(fastblocks, module).__doc__
 
 
 def test_bands_without_a_single_bin():
