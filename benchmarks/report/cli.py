@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, each device's newest result file."""
+"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, from each device's newest result files."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from benchmarks.measure.environment import ROOT
 from benchmarks.options import BadInput
 from benchmarks.report import files, plots
-from benchmarks.report.table import markdown
+from benchmarks.report.table import markdown, speedups
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = """# Results
 
-Written by `python -m benchmarks report` from the newest file in each folder. How it is measured:
+Written by `python -m benchmarks report` from the newest files in each folder. How it is measured:
 [Measure](../../README.md#measure).
 """
 
@@ -27,6 +27,11 @@ def origin(document: dict) -> str:
     )
 
 
+def loaded(document: dict) -> str:
+    """What else ran there."""
+    return f" Beside {document['busy']} processes at full load." if document["busy"] else ""
+
+
 def report(folder: Path) -> list[Path]:
     """Write README.md and the plots; returns them.
 
@@ -39,13 +44,16 @@ def report(folder: Path) -> list[Path]:
     parts, drawn = [HEAD], []
     (folder / "plots").mkdir(exist_ok=True)
     for kind in kinds:
-        document = files.newest(kind)
+        document, *others = files.newest(kind)
         parts.append(f"## {kind.name}\n\n{origin(document)} {markdown(document['rows'])}\n")
         for name, draw in (("speedups", plots.speedups), ("windowed", plots.windowed), ("roofline", plots.roofline)):
             path = folder / "plots" / f"{kind.name}-{name}.svg"
             if draw(path, document):
                 drawn.append(path)
                 parts.append(f"![{path.stem}](plots/{path.name})\n")
+        for other in others:
+            name = f"{kind.name}: {', '.join(other['condition'])}"
+            parts.append(f"### {name}\n\n{origin(other)}{loaded(other)} {speedups(other['rows'])}\n")
     readme = folder / "README.md"
     readme.write_text("\n".join(parts))
     return [readme, *drawn]

@@ -55,6 +55,8 @@ def merge(old: list[dict], new: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def newest(folder: Path) -> dict[str, Any]:
-    """The newest document in a device's folder."""
-    return max((read(path) for path in folder.glob("*.json")), key=lambda document: document["date"])
+def newest(folder: Path) -> list[dict[str, Any]]:
+    """The newest document in a device's folder of each condition (`run.condition`), that of the defaults first."""
+    documents = sorted((read(path) for path in folder.glob("*.json")), key=lambda document: document["date"])
+    found = {tuple(document.get("condition", ())): document for document in documents}
+    return [found[condition] for condition in sorted(found)]
