@@ -134,7 +134,15 @@ def window_means(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     if x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.numel() and not must_trace():
         return _CPUWindowMeans.apply(x, stride)
     pool = F.avg_pool1d if len(stride) == 1 else F.avg_pool2d
-    return pool(x, stride, stride, ceil_mode=True)
+    if not torch.compiler.is_compiling():
+        return pool(x, stride, stride, ceil_mode=True)
+    # Inductor's gradient of a partial last window is wrong (seen in PyTorch 2.13): whole windows, with zeros in them.
+    missing = [-size % s for size, s in zip(x.shape[2:], stride, strict=True)]
+    y = pool(F.pad(x, [n for rest in reversed(missing) for n in (0, rest)]), stride, stride)
+    for dim, (s, size) in enumerate(zip(stride, x.shape[2:], strict=True), start=2):
+        if size % s:
+            y = y * (s * _inverse_counts(y, dim, s, size))
+    return y
 
 
 class _CPUWindowMeans(torch.autograd.Function):

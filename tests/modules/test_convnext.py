@@ -177,3 +177,15 @@ def test_window_means_are_the_library_s_pooling(size, stride):
     grads = [torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0] for y in (got, want)]
     assert relative_error(*grads) < 1e-14
     assert relative_error(*(torch.autograd.grad(g.square().sum(), x)[0] for g in grads)) < 1e-14
+
+
+@pytest.mark.parametrize("size", [(15,), (9, 7)], ids=str)
+def test_partial_windows_have_their_gradients_under_the_compiler(size):
+    stride = (2, 3)[: len(size)]
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (window_means, torch.compile(window_means)):
+        y = function(x, stride)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < EXACT
