@@ -18,15 +18,19 @@ import fastblocks
 from benchmarks import providers
 from benchmarks.measure import suite
 from benchmarks.measure.environment import describe_device, environment, git_commit
+from benchmarks.measure.load import busy
 from benchmarks.options import BadInput, new_file, positive, several
-from benchmarks.providers import BASELINE, FASTBLOCKS
+from benchmarks.providers import BASELINE, COMPILE, FASTBLOCKS, OURS_COMPILED
 from benchmarks.providers.runner import DTYPES
 from benchmarks.report import files
 from benchmarks.report.units import seconds
 from benchmarks.workloads import FAMILIES, MODES, SIZES, all_workloads, select
 from benchmarks.workloads.workload import Workload
 
-GPU_DEFAULTS = {"mode": MODES, "dtype": ("bf16",), "provider": providers.PROVIDERS, "size": "full"}
+GPU_DEFAULTS = {
+    "mode": MODES, "dtype": ("bf16",), "size": "full",
+    "provider": tuple(name for name in providers.PROVIDERS if name != OURS_COMPILED),
+}  # fmt: skip
 CPU_DEFAULTS = {
     "mode": ("forward", "training"), "dtype": ("fp32",), "provider": (BASELINE, FASTBLOCKS), "size": "cpu"
 }  # fmt: skip
@@ -60,11 +64,17 @@ def parse(arguments: list[str], commands: str) -> argparse.Namespace:
     parser.add_argument("--backend", choices=fastblocks.backend.BACKENDS, default="auto")
     parser.add_argument("--threads", type=positive(int), help="CPU threads; what PyTorch takes")
     parser.add_argument(
+        "--busy", type=positive(int), metavar="N", help="beside N processes at full load, as data loaders are"
+    )
+    parser.add_argument(
         "--seconds", type=positive(float), default=0.4, help="for the samples of a workload and mode; 0.4"
     )
     parser.add_argument("--budget", type=positive(float), metavar="SECONDS", help="start no workload after this time")
     parser.add_argument(
-        "--json", type=new_file, metavar="FILE", help="write the measurements; a folder: a new file there"
+        "--json",
+        type=new_file,
+        metavar="FILE",
+        help="write the measurements; a folder: a new file there, or the one file of --dtype, --threads, --busy, …",
     )
     parser.add_argument("--append", action="store_true", help="keep the rows that --json FILE has already")
     parser.add_argument("--commit", help="of the source, for the result file, where there is no git")
@@ -73,12 +83,26 @@ def parse(arguments: list[str], commands: str) -> argparse.Namespace:
     if options.append and not options.json:
         raise BadInput("--append needs --json FILE")
     if options.json and options.json.is_dir():
-        options.json /= f"{datetime.now():%Y-%m-%d}-{options.commit or git_commit()}.json"
+        dated = f"{datetime.now():%Y-%m-%d}-{options.commit or git_commit()}"
+        options.json /= f"{'-'.join(condition(options)) or dated}.json"
     if options.plot and options.plot.suffix not in PLOTS:
         raise BadInput(f"--plot {options.plot}: the name must end in {', '.join(PLOTS)}")
     if options.plot and not find_spec("matplotlib"):
         raise BadInput("--plot needs matplotlib, which is not installed")
     return options
+
+
+def condition(options: argparse.Namespace) -> list[str]:
+    """What is unlike a CPU's defaults, in words of the options: each such condition has its own result file and table.
+
+    A GPU's result file has them all.
+    """
+    if torch.cuda.is_available():
+        return []
+    words = [dtype for dtype in dict.fromkeys(options.dtype or ()) if (dtype,) != CPU_DEFAULTS["dtype"]]
+    words += ["compile"] if {COMPILE, OURS_COMPILED} & set(options.provider or ()) else []
+    words += [f"threads{options.threads}"] if options.threads else []
+    return words + ([f"busy{options.busy}"] if options.busy else [])
 
 
 def explain_backend(device: torch.device) -> str:
@@ -186,13 +210,14 @@ def main(arguments: list[str], commands: str = "") -> int:
         return 0
     chosen = installed(chosen)
     modes, dtypes, names = (tuple(getattr(options, n) or defaults[n]) for n in ("mode", "dtype", "provider"))
-    settings = suite.Settings(modes, dtypes, names, options.seconds)
+    settings = suite.Settings(modes, dtypes, names, options.seconds, memory=not condition(options))
     fastblocks.use_backend(options.backend)
     print(f"{describe_device()}\n{explain_backend(device)}", flush=True)
     old = files.read(options.json)["rows"] if options.append and options.json.exists() else []
-    document = environment(options.commit) | {"size": size, "rows": old}
+    about = {"size": size, "condition": condition(options), "busy": options.busy or 0}
+    document = environment(options.commit) | about | {"rows": old}
     start, everything = time.monotonic(), []
-    with progress(len(chosen)) as note:
+    with busy(options.busy or 0), progress(len(chosen)) as note:
         for index, rows in enumerate(measure_all(document, chosen, device, settings, options), 1):
             everything += rows
             note(index, rows)

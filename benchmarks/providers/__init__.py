@@ -1,4 +1,5 @@
-"""Who computes a workload: the original formulas, the same compiled, this package, also in a CUDA graph, and rivals.
+"""Who computes a workload: the original formulas, this package, both also compiled, this package also in a CUDA graph,
+and rivals.
 
 Rivals are the strongest that there are for one operation each; whoever is missing is skipped by name.
 """
@@ -17,7 +18,8 @@ from benchmarks.providers.rivals import BlockDiagonal, FlashRNN, flex_attention,
 from benchmarks.providers.runner import Runner, Skipped, make_runner
 from benchmarks.workloads.workload import Workload
 
-BASELINE, COMPILE, FASTBLOCKS, GRAPH = OWN = ("baseline", "compile", "fastblocks", "fastblocks-graph")
+OWN = ("baseline", "compile", "fastblocks", "fastblocks-compile", "fastblocks-graph")
+BASELINE, COMPILE, FASTBLOCKS, OURS_COMPILED, GRAPH = OWN
 RIVALS = ("flex", "block-diagonal", "flashrnn", "max-autotune", "liger")
 PROVIDERS = (*OWN, *RIVALS)
 PACKAGES = {"flashrnn": "flashrnn", "liger": "liger_kernel"}  # what has to be installed
@@ -58,6 +60,8 @@ def prepare(
         return make(fastblocks)
     if provider == GRAPH:
         return GraphRunner(make(fastblocks))
+    if provider == OURS_COMPILED:
+        return make(fastblocks, wrap=compiled(backend=compiler))
     wrap = {
         BASELINE: lambda call: call,
         COMPILE: compiled(backend=compiler),

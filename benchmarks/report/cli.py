@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, each device's newest result files."""
+"""`python -m benchmarks report`: benchmarks/results/README.md and its plots, from each device's newest result files."""
 
 import argparse
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from benchmarks.measure.environment import ROOT
 from benchmarks.options import BadInput
 from benchmarks.report import files, plots
-from benchmarks.report.table import markdown
+from benchmarks.report.table import markdown, speedups
 from benchmarks.workloads import ON_REQUEST
 
 CONVERTED = ON_REQUEST["adapters"][1]  # how names of workloads begin that are models before and after `convert`
@@ -42,6 +42,11 @@ def origin(document: dict) -> str:
     )
 
 
+def loaded(document: dict) -> str:
+    """What else ran there."""
+    return f" Beside {document['busy']} processes at full load." if document["busy"] else ""
+
+
 def report(folder: Path) -> list[Path]:
     """Write README.md and the plots; returns them.
 
@@ -54,12 +59,15 @@ def report(folder: Path) -> list[Path]:
     parts, drawn = [HEAD], []
     (folder / "plots").mkdir(exist_ok=True)
     for kind in kinds:
-        document, converted = files.newest(kind, is_standard), files.newest(kind, is_converted)
         parts.append(f"## {kind.name}\n")
-        if document:
-            parts.append(f"{origin(document)} {markdown(document['rows'])}\n")
-            drawn += _plots(folder, kind.name, document, parts)
-        if converted:
+        for document in files.newest(kind, is_standard):
+            if condition := document.get("condition"):
+                parts.append(f"### {kind.name}: {', '.join(condition)}\n")
+                parts.append(f"{origin(document)}{loaded(document)} {speedups(document['rows'])}\n")
+            else:
+                parts.append(f"{origin(document)} {markdown(document['rows'])}\n")
+                drawn += _plots(folder, kind.name, document, parts)
+        for converted in files.newest(kind, is_converted)[:1]:
             parts += [HEAD_OF_CONVERTED, f"{origin(converted)} {markdown(converted['rows'])}\n"]
     readme = folder / "README.md"
     readme.write_text("\n".join(parts))

@@ -55,9 +55,11 @@ def merge(old: list[dict], new: list[dict]) -> list[dict]:
     return list(rows.values())
 
 
-def newest(folder: Path, wanted: Callable[[dict], bool]) -> dict[str, Any] | None:
-    """The newest document in a device's folder that has rows of the kind that is wanted, with no others; None: there is
-    none."""
-    documents = (read(path) for path in folder.glob("*.json"))
-    found = [d | {"rows": rows} for d in documents if (rows := [row for row in d["rows"] if wanted(row)])]
-    return max(found, key=lambda document: document["date"], default=None)
+def newest(folder: Path, wanted: Callable[[dict], bool]) -> list[dict[str, Any]]:
+    """The newest document in a device's folder of each condition (`run.condition`), that of the defaults first; only
+    those that have rows of the kind that is wanted, with no others."""
+    found = {}
+    for document in sorted((read(path) for path in folder.glob("*.json")), key=lambda document: document["date"]):
+        if rows := [row for row in document["rows"] if wanted(row)]:
+            found[tuple(document.get("condition", ()))] = document | {"rows": rows}
+    return [found[condition] for condition in sorted(found)]

@@ -12,7 +12,10 @@ from rich.text import Text
 
 from benchmarks.report.units import digits
 
-BASELINE, OURS, GRAPH = "baseline", "fastblocks", "fastblocks-graph"
+BASELINE, COMPILE, OURS, OURS_COMPILED, GRAPH = OWN = (
+    "baseline", "compile", "fastblocks", "fastblocks-compile", "fastblocks-graph"
+)  # fmt: skip
+TIE = 1.03  # times as fast, up to which nobody has won
 ARROW = f"{BASELINE}→{OURS}"
 NOTE = (
     f"{ARROW}: medians of runs in turn; ×: how many times faster. Training: forward and backward together, of a "
@@ -28,7 +31,7 @@ def comparison(rows: list[dict]) -> dict[str, dict]:
     """
     found = {row["provider"]: dict(row) for row in rows}
     medians = {name: row["median"] for name, row in found.items() if "median" in row}
-    rival = min(medians.keys() - {BASELINE, OURS, GRAPH}, key=medians.get, default=None)
+    rival = min(medians.keys() - {BASELINE, OURS, OURS_COMPILED, GRAPH}, key=medians.get, default=None)
     for name, median in medians.items():
         found[name]["speedup"] = medians[BASELINE] / median if BASELINE in medians else None
         if rival and name in (OURS, GRAPH):
@@ -53,7 +56,7 @@ def columns(rows: list[dict], everything: bool) -> list[tuple[str, Callable[[dic
             characters.
     """
     timed = [row for row in rows if "median" in row]
-    rivals = any(row["provider"] not in (BASELINE, OURS, GRAPH) for row in timed)
+    rivals = any(row["provider"] not in (BASELINE, OURS, OURS_COMPILED, GRAPH) for row in timed)
     graphs = everything and any(row["provider"] == GRAPH for row in timed)
     floors = everything and any(row["floor_ratio"] is not None for row in timed)
     modes = [mode for mode in ("forward", "backward", "training") if any(row["mode"] == mode for row in rows)]
@@ -111,6 +114,37 @@ def markdown(rows: list[dict]) -> str:
     header, lines, note = summary(rows, everything=True)
     rule = ["---"] * 2 + ["--:"] * (len(header) - 2)
     return note + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def speedups(rows: list[dict]) -> str:
+    """A short table, how many times as fast as the baseline the others are, and who is beaten by `compile`."""
+    modes = [mode for mode in ("forward", "backward", "training") if any(row["mode"] == mode for row in rows)]
+    others = [n for n in dict.fromkeys(row["provider"] for row in rows) if n != BASELINE]
+    header = ["workload", *(f"{mode} × {name}" for mode in modes for name in others)]
+    if others == [OURS]:
+        header = ["workload", *(f"{mode} ×" for mode in modes)]
+    lines, lost = [], defaultdict(list)
+    for (name,), members in groups(rows, "workload"):
+        line = [name]
+        for mode in modes:
+            found = comparison([row for row in members if row["mode"] == mode])
+            ratios = {other: found.get(other, {}).get("speedup") for other in others}
+            line += [f"{r:.2f}" if r else refusal(found.get(other, {})) for other, r in ratios.items()]
+            theirs, ours = ratios.get(COMPILE), ratios.get(OURS)
+            if theirs and ours and theirs > TIE * ours:
+                lost[mode].append(f"{name} ({theirs:.2f} to {ours:.2f})")
+        lines.append(line)
+    cells = (header, ["---", *["--:"] * (len(header) - 1)], *lines)
+    text = f"×: as many times as fast as {BASELINE}.\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    if COMPILE in others:
+        won = "; ".join(f"{mode}: {', '.join(lost[mode]) or 'nowhere'}" for mode in modes)
+        text += f"\n\nWhere `torch.compile` of the originals is faster than {OURS}, by more than 3 %: {won}."
+    return text
+
+
+def refusal(row: dict) -> str:
+    """Why there is no time, in a word."""
+    return row.get("refused", "–").partition(":")[0]
 
 
 def fitted(header: list[str], lines: list[list[str]], console: Console, title: str | None = None) -> Table:

@@ -55,7 +55,9 @@ def norms(size: str) -> list[Workload]:
 
     def spectral(kit: ModuleType) -> Callable:
         def run(*tensors: Tensor) -> list[Tensor]:
-            us, vs = tensors[n].clone().split(outputs), tensors[n + 1].clone().split(inputs)  # they are changed
+            # copies, because they are changed; of the weights' dtype
+            left, right = (t.to(tensors[0].dtype, copy=True) for t in tensors[n:])
+            us, vs = left.split(outputs), right.split(inputs)
             return kit.functional.spectral_norms(tensors[:n], us, vs)
 
         return run

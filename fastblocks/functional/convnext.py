@@ -5,6 +5,7 @@ from types import ModuleType
 from torch import Tensor
 
 from fastblocks.eager import convnext as eager
+from fastblocks.eager.convnext import window_means as window_means
 from fastblocks.functional._dispatch import require, require_floating, run, shape
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastblocks import functional
-from fastblocks.functional.convnext import conv_output_size
+from fastblocks.functional.convnext import conv_output_size, window_means
 from fastblocks.generator._layers import RMSNorm, called_as_modules, may_fuse
 
 MODES = ("normal", "transposed")
@@ -162,9 +162,7 @@ class ConvNeXtBlock(nn.Module):
         if all(s == 1 for s in self.stride):
             return self.residual_conv(x)
         if not self.transposed:
-            # ceil_mode with an unpadded input averages a partial last window over the positions it has
-            pool = F.avg_pool1d if self.spatial == 1 else F.avg_pool2d
-            return self.residual_conv(pool(x, self.stride, self.stride, ceil_mode=True))
+            return self.residual_conv(window_means(x, self.stride))
         x = self.residual_conv(x)  # a 1×1 convolution commutes with repetition, and is cheaper before it
         for dim, (stride, size) in enumerate(zip(self.stride, sizes, strict=True), start=2):
             x = x.repeat_interleave(stride, dim).narrow(dim, 0, size)

@@ -18,6 +18,7 @@ from benchmarks.aot import compiling, tuning
 from benchmarks.aot.machine_code import Resources, resident_warps
 from benchmarks.measure import floor, host, kept, suite
 from benchmarks.measure.error import errors
+from benchmarks.measure.load import busy
 from benchmarks.report import files, plots, table
 
 CPU = torch.device("cpu")
@@ -275,9 +276,46 @@ def test_command_line_json_append_report(tmp_path, capsys):
     assert plots.roofline(tmp_path / "none.svg", document | {"device": "AMD"}) is False
 
 
+def test_each_condition_has_its_file_and_its_table(tmp_path, capsys):
+    folder = tmp_path / "results" / "cpu"
+    folder.mkdir(parents=True)
+    options = ["rows-norm", "--size", "toy", "--seconds", "0.001", "--json", str(folder)]
+    threads = torch.get_num_threads()
+    for more in ([], ["--threads", "1", "--busy", "1"], ["--dtype", "bf16"]):
+        assert main([*options, *more]) == 0
+    assert main([*options, "--dtype", "bf16"]) == 0
+    torch.set_num_threads(threads)
+    found = {path.stem: files.read(path) for path in folder.iterdir()}
+    assert len(found) == 3 and {"bf16", "threads1-busy1"} < found.keys()
+    rows = found["bf16"]["rows"]
+    for provider, of_baseline in (("compile", 0.5), ("fastblocks-compile", 0.25)):  # one row of each mode
+        rows += [
+            r | {"provider": provider, "median": r["median"] * of_baseline} for r in rows if r["provider"] == "baseline"
+        ]
+    rows[1] |= {"median": rows[0]["median"]}
+    rows[3] |= {"median": rows[2]["median"] / 4}
+    files.write(folder / "compile.json", found["bf16"] | {"condition": ["compile"], "rows": rows})
+    assert main(["report", "--results", str(tmp_path / "results")]) == 0
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert text.count("\n## cpu\n") == 1 and "Beside 1 processes at full load." in text
+    parts = {part.split("\n")[0]: part for part in text.split("\n### cpu: ")[1:]}
+    assert list(parts) == ["bf16", "compile", "threads1, busy1"]
+    assert "| workload | forward × | training × |" in parts["bf16"] and "bf16. ×: " in parts["bf16"]
+    assert "| rows-norm-24 | 1.00 | 2.00 | 4.00 | 4.00 | 2.00 | 4.00 |" in parts["compile"]
+    assert "by more than 3 %: forward: rows-norm-24 (2.00 to 1.00); training: nowhere." in parts["compile"]
+
+
+def test_busy_processes_end_with_what_is_measured():
+    with pytest.raises(KeyError), busy(2) as processes:
+        assert all(Path(f"/proc/{pid}").exists() for pid in processes) and len(processes) == 2
+        raise KeyError
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["att-time", "--busy", "0"], "--busy"),
         (["att-time", "--mode", "sideways"], "sideways"),
         (["att-time", "--provider", "nobody"], "nobody"),
         (["att-time", "op-rms_norm"], "op-rms_norm"),

@@ -5,10 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastblocks
+from fastblocks.eager.convnext import window_means
 from tests.compare import relative_error
 from tests.modules.harness import EXACT, check, randomized
 from tests.reference import blocks
@@ -162,3 +164,28 @@ def test_mean_of_a_partial_window():
 def test_errors_name_what_is_wrong(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("stride", [(1,), (3,), (2, 2), (1, 4), (5, 3)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 9, 12])
+def test_window_means_are_the_library_s_pooling(size, stride):
+    """Whole and partial last windows, windows beyond the end; gradients, and theirs."""
+    pool = F.avg_pool1d if len(stride) == 1 else F.avg_pool2d
+    x = torch.randn(2, 3, *(size, 7)[: len(stride)], dtype=torch.float64, requires_grad=True)
+    got, want = window_means(x, stride), pool(x, stride, stride, ceil_mode=True)
+    assert relative_error(got, want) < 1e-14
+    grads = [torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0] for y in (got, want)]
+    assert relative_error(*grads) < 1e-14
+    assert relative_error(*(torch.autograd.grad(g.square().sum(), x)[0] for g in grads)) < 1e-14
+
+
+@pytest.mark.parametrize("size", [(15,), (9, 7)], ids=str)
+def test_partial_windows_have_their_gradients_under_the_compiler(size):
+    stride = (2, 3)[: len(size)]
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (window_means, torch.compile(window_means)):
+        y = function(x, stride)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for got, want in zip(*results, strict=True):
+        assert relative_error(got, want) < EXACT

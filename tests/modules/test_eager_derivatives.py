@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import fastblocks
 from benchmarks.original import functional as original
 from fastblocks import functional
-from fastblocks.eager import attention, recurrent, rows
+from fastblocks.eager import attention, convnext, recurrent, rows
 from fastblocks.eager.derivatives import twice_differentiable
 from tests.compare import assert_as_exact, assert_close, relative_error
 from tests.modules.cases import BLOCKS
@@ -101,6 +101,15 @@ def _rms_norm_of_itself(run):
     return call, [torch.randn(5, 4, dtype=torch.float64)]
 
 
+def _convnext_mlp_of_itself(run):
+    def call(x):
+        w1, b1 = mixed(torch.Size((6, 4)), x), mixed(torch.Size((6,)), x)
+        w2, b2 = mixed(torch.Size((4, 6)), w1, x), mixed(torch.Size((4,)), b1)
+        return run(x, w1, b1, w2, b2, torch.sin(x).movedim(-1, 1))
+
+    return call, [torch.randn(2, 5, 4, dtype=torch.float64)]
+
+
 def _attention_of_itself(run):
     def call(q):
         k = torch.sin(q) + q.flip(2)
@@ -115,6 +124,7 @@ COMPOSED = {
     "rms_norm": (_rms_norm_of_itself, rows._CPURMSNorm.apply, rows.rms_norm_formula),
     "swiglu": (_swiglu_of_itself, rows._CPUSwiGLU.apply, rows._swiglu_formula),
     "swiglu_mlp": (_swiglu_mlp_of_itself, rows._CPUSwiGLUMLP.apply, rows._swiglu_mlp_formula),
+    "convnext_mlp": (_convnext_mlp_of_itself, convnext._CPUConvNeXtMLP.apply, convnext._convnext_mlp_formula),
     "attention": (_attention_of_itself, attention._CPUAttention.apply, attention._attention_formula),
     "library's attention": (_attention_of_itself, attention._library, attention._attention_formula),
 }
