@@ -30,6 +30,7 @@ __all__ = ["rope_attention", "unsupported_reason"]
 
 MIN_HEAD_DIM = 8
 MAX_HEAD_DIM = 256
+MAX_STRIDE = 2**31 // 256  # elements from a token to the next: offsets inside of a tile have 32 bits
 
 
 def unsupported_reason(
@@ -76,7 +77,8 @@ def _outputs(qkv, rope, n_head, window, register_qkv, registers_out, gate, keep)
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """x (B, T, …) as the kernels can read it: the last dimension adjacent, tokens not farther apart than MAX_STRIDE."""
+    return x if x is None or (x.stride(-1) == 1 and x.stride(1) < MAX_STRIDE) else x.contiguous()
 
 
 def _rotated_floats(qkv: Tensor) -> int:

@@ -33,7 +33,7 @@ def _pack_weight_kernel(
     lanes = tl.load(table_ptr + 2) + offs_l
     mask_l = (lanes >= first) & (lanes < tl.load(table_ptr + 3))
     offs_n = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs = offs_n[:, None] * stride_weight_n + (lanes - first)[None, :] * stride_weight_l
+    offs = offs_n.to(tl.int64)[:, None] * stride_weight_n + (lanes - first).to(tl.int64)[None, :] * stride_weight_l
     weight = tl.load(
         weight_ptr + k * stride_weight_k + offs, mask=(offs_n < N)[:, None] & mask_l[None, :], other=0.0
     )  # [BLOCK_R, BLOCK_L]

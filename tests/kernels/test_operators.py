@@ -1,5 +1,7 @@
 """What every operator has by being declared, over all of them."""
 
+import tempfile
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,8 +241,26 @@ def expanded_where_it_is_constant(tensor):
     return tensor[:1].expand_as(tensor)
 
 
+def far_apart(tensor):
+    """The same values, 2^31 elements apart along a dimension after the first: most of the memory is a file's hole."""
+    dim = next((d for d in range(1, tensor.dim()) if tensor.size(d) > 1), None)
+    if dim is None or tensor.device.type != "cpu":
+        return tensor
+    sizes = list(tensor.shape)
+    strides = torch.empty([1 if d == dim else size for d, size in enumerate(sizes)], device="meta").stride()
+    stride = 2**31 // (sizes[dim] - 1) + 1
+    with tempfile.NamedTemporaryFile() as file:
+        elements = stride * (sizes[dim] - 1) + tensor.numel()
+        memory = torch.from_file(file.name, shared=True, size=elements, dtype=tensor.dtype)
+    apart = memory.as_strided(sizes, [stride if d == dim else strides[d] for d in range(len(sizes))])
+    return apart.copy_(tensor)
+
+
+LAYOUTS = {"strided": strided, "expanded": expanded_where_it_is_constant, "far apart": far_apart}
+
+
 @every_case
-@pytest.mark.parametrize("layout", [strided, expanded_where_it_is_constant], ids=["strided", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_arguments_of_any_strides(case, layout, device):
     """All of them at once: an argument that is read as if it were contiguous shows in what follows from it."""
     operator, arguments, _ = leaves_of(*case, device)
