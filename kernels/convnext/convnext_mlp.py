@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import convnext as eager
 from fastblocks.kernels import runtime
 from fastblocks.kernels.convnext import config as table
@@ -119,7 +120,7 @@ def unsupported_reason(
     """Why the kernels do not take this call; an empty string if they do."""
     parameters = (weight1, bias1, weight2, bias2)
     for tensor in (*parameters, residual):
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for {str(tensor.dtype).removeprefix('torch.')} beside x"
         if tensor is not None and tensor.device != x.device:
             return f"parameters on {tensor.device}, input on {x.device}"

@@ -13,6 +13,7 @@ has autocast's dtype.
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import convnext as eager
 from fastblocks.kernels.convnext import depthwise, depthwise_backward
 from fastblocks.kernels.operator import Operator, compute_dtype
@@ -40,7 +41,7 @@ def unsupported_reason(
     if max(weight.shape[2:]) > MAX_KERNEL:
         return f"kernel {tuple(weight.shape[2:])} is larger than {MAX_KERNEL}"
     for tensor in (weight, bias, norm_weight, norm_bias):
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor is not None and tensor.dtype not in KERNEL_DTYPES:
             return f"no kernel for parameters in {str(tensor.dtype).removeprefix('torch.')}"
         if tensor is not None and tensor.device != x.device:
             return f"parameters on {tensor.device}, input on {x.device}"

@@ -2,10 +2,13 @@
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
-from fastblocks.kernels.launch import launch
+from fastblocks.kernels import runtime
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.recurrent.cell import (
     across,
@@ -26,10 +29,13 @@ from fastblocks.kernels.recurrent.cell import (
 )
 from fastblocks.kernels.recurrent.forward import (
     Inputs,
+    Sizes,
     forward,
-    launch_arguments,
     launch_config,
+    numbers_of,
     outputs,
+    pointers_of,
+    precision_of,
     quad_weight,
     sizes_of,
 )
@@ -253,6 +259,27 @@ def _grouped_rnn_backward_kernel(
         )
 
 
+def _partial_size(sizes: Sizes) -> int:
+    """Elements of both weights."""
+    rows = sizes.directions * sizes.groups * (4 if sizes.lstm else 3) * sizes.hidden
+    return rows * (sizes.inputs + sizes.hidden)
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    sizes: Sizes, float32: bool, architecture: str, state: bool, activation: str, precision: str
+) -> tuple[Prepared, int]:
+    """And the number of tiles of batch."""
+    config = launch_config(sizes, float32, architecture, state, backward=True)
+    numbers, tiles = numbers_of(sizes), cdiv(sizes.batch, config["BLOCK_B"])
+    prepared = Prepared(
+        _grouped_rnn_backward_kernel, (sizes.groups // numbers["PACK"] * sizes.directions * tiles,), config,
+        **numbers, ACTIVATION=activation, PRECISION=precision,
+        partial_size=_partial_size(sizes) if sizes.fused else 0, STAGES=config.num_stages,
+    )  # fmt: skip
+    return prepared, tiles
+
+
 def backward(
     grad_y: Tensor | None,
     grad_h_last: Tensor | None,
@@ -265,32 +292,31 @@ def backward(
     """Gradients of the inputs, in their dtypes, or None."""
     x, weight_ih, h_first, dtype = given.x, given.weight_ih, given.h_first, y.dtype
     sizes = sizes_of(given, dtype)
-    directions, groups, lstm, fused = sizes.directions, sizes.groups, sizes.lstm, sizes.fused
+    directions, lstm, fused = sizes.directions, sizes.lstm, sizes.fused
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     if gates is None and not fused:
         again = outputs(given, dtype, keep_gates=True, keep_cell=True)
         forward(given, *again)
         *_, gates, cell = again
-    shared = launch_arguments(given, sizes, y, gates, cell)
-    config = launch_config(given, sizes, shared, dtype, backward=True)
-    tiles = cdiv(sizes.batch, config["BLOCK_B"])
+    activation, precision = precision_of(x, dtype).values()
+    prepared, tiles = _backward_launch(
+        sizes, dtype == torch.float32, runtime.architecture(x.device), h_first is not None, activation, precision
+    )
     grads = [torch.empty_like(weight) for weight in (weight_ih, given.weight_hh)]
     grad_x = grad_preactivations = partial = grad_h_first = None
     if fused:
         grad_x = x.new_empty(directions, *x.shape)
-        partial = x.new_empty(tiles, sum(grad.numel() for grad in grads), dtype=torch.float32)
+        partial = x.new_empty(tiles, _partial_size(sizes), dtype=torch.float32)
     else:
         grad_preactivations = torch.empty_like(gates)
     if h_first is not None:
         grad_h_first = torch.empty_like(h_first, dtype=torch.float32)
     grad_c_first = torch.empty_like(grad_h_first) if given.c_first is not None else None
-    launch(
-        _grouped_rnn_backward_kernel, (groups // shared["PACK"] * directions * tiles,), config, like=x, **shared,
+    prepared(
+        x, **pointers_of(given, y, gates, cell),
         grad_y_ptr=grad_y, grad_h_last_ptr=grad_h_last, grad_c_last_ptr=grad_c_last, grad_x_ptr=grad_x,
         grad_preactivations_words_ptr=None if grad_preactivations is None else grad_preactivations.view(torch.int64),
         partial_ptr=partial, grad_h_first_ptr=grad_h_first, grad_c_first_ptr=grad_c_first,
-        partial_size=0 if partial is None else partial.shape[1],
-        STAGES=config.num_stages,
     )  # fmt: skip
     grad_biases = (None, None)
     if fused:
@@ -300,7 +326,7 @@ def backward(
         weight = quad_weight(weight_ih, sizes.hidden, dtype).transpose(1, 2)
         rows = torch.bmm(grad_preactivations.flatten(2), weight)  # (G, B·T, I)
         grad_x = rows.transpose(0, 1).reshape(x.shape).to(x.dtype)
-        weight_gradients(x, y, h_first, grad_preactivations, *grads, shared["PRECISION"])
+        weight_gradients(x, y, h_first, grad_preactivations, *grads, precision)
         if given.bias_ih is not None:
             quads = grad_preactivations.sum(1, dtype=torch.float32).permute(1, 0, 3, 2)  # (N, G, 4, H)
             of_gates = (quads, quads) if lstm else (quads[:, :, :3], quads[:, :, [0, 1, 3]])

@@ -2,14 +2,14 @@
 
 # ruff: noqa: SIM300 -- Triton compiles what follows a taken `if` as well; DTYPE is a variable
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastblocks.kernels import runtime
-from fastblocks.kernels.launch import LaunchConfig, launch
+from fastblocks.kernels.launch import LaunchConfig, Prepared
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.recurrent import config as table
 from fastblocks.kernels.recurrent.cell import (
@@ -217,13 +217,23 @@ def sizes_of(given: Inputs, dtype: torch.dtype) -> Sizes:
     return Sizes(*given.x.shape[:2], directions, groups, inputs, hidden, rows == 4 * hidden, fused)
 
 
-def launch_arguments(given: Inputs, sizes: Sizes, y: Tensor, gates: Tensor | None, cell: Tensor | None) -> dict:
-    """What the two kernels of the time loop share, by name."""
+def pointers_of(given: Inputs, y: Tensor, gates: Tensor | None, cell: Tensor | None) -> dict[str, Tensor | None]:
+    """What the two kernels of the time loop share, by name: their tensors."""
     return {
-        **{f"{name}_ptr": tensor for name, tensor in given._asdict().items() if not name.startswith("bias")},
+        "x_ptr": given.x,
+        "weight_ih_ptr": given.weight_ih,
+        "weight_hh_ptr": given.weight_hh,
+        "h_first_ptr": given.h_first,
+        "c_first_ptr": given.c_first,
         "gates_ptr": None if gates is None else gates.view(torch.int64),
         "cell_ptr": cell,
         "y_ptr": y,
+    }
+
+
+def numbers_of(sizes: Sizes) -> dict[str, int]:
+    """And their numbers."""
+    return {
         "batch": sizes.batch,
         "length": sizes.length,
         "groups": sizes.groups,
@@ -231,7 +241,6 @@ def launch_arguments(given: Inputs, sizes: Sizes, y: Tensor, gates: Tensor | Non
         "LSTM": sizes.lstm,
         "FUSED": sizes.fused,
         **tile_of(sizes.groups, sizes.inputs, sizes.hidden),
-        **precision_of(given.x, y.dtype),
     }
 
 
@@ -250,12 +259,11 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
-def launch_config(given: Inputs, sizes: Sizes, shared: dict, dtype: torch.dtype, backward: bool) -> LaunchConfig:
-    """The time loop's configuration; `shared`: `launch_arguments`."""
-    units, inputs = (shared["PACK"] * shared[block] for block in ("BLOCK_H", "BLOCK_I"))
-    architecture, state = runtime.architecture(given.x.device), given.h_first is not None
-    float32 = dtype == torch.float32
-    padded = shared["BLOCK_H"] != sizes.hidden or shared["BLOCK_I"] != sizes.inputs
+def launch_config(sizes: Sizes, float32: bool, architecture: str, state: bool, backward: bool) -> LaunchConfig:
+    """The time loop's configuration; `state`: it starts from a given state."""
+    tile = tile_of(sizes.groups, sizes.inputs, sizes.hidden)
+    units, inputs = (tile["PACK"] * tile[block] for block in ("BLOCK_H", "BLOCK_I"))
+    padded = tile["BLOCK_H"] != sizes.hidden or tile["BLOCK_I"] != sizes.inputs
     return at_least(
         table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded)
     )
@@ -293,12 +301,24 @@ def forward(
         if not keep_gates:
             gates = x.new_empty((sizes.groups, rows, sizes.directions, sizes.hidden, 4), dtype=dtype)
         project(x, quad_weight(given.weight_ih, sizes.hidden, dtype), out=gates.view(sizes.groups, rows, -1))
-    shared = launch_arguments(given, sizes, y, gates, cell)
-    config = launch_config(given, sizes, shared, dtype, backward=False)
-    launch(
-        _grouped_rnn_forward_kernel,
-        (sizes.groups // shared["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),), config, like=x,
-        **shared,
+    architecture, state = runtime.architecture(x.device), given.h_first is not None
+    _forward_launch(sizes, dtype == torch.float32, architecture, state, keep_gates, *precision_of(x, dtype).values())(
+        x,
+        **pointers_of(given, y, gates, cell),
         bias_ih_ptr=given.bias_ih, bias_hh_ptr=given.bias_hh, h_last_ptr=h_last, c_last_ptr=c_last,
-        KEEP=keep_gates, STAGES=config.num_stages,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    sizes: Sizes, float32: bool, architecture: str, state: bool, keep: bool, activation: str, precision: str
+) -> Prepared:
+    config = launch_config(sizes, float32, architecture, state, backward=False)
+    numbers = numbers_of(sizes)
+    return Prepared(
+        _grouped_rnn_forward_kernel,
+        (sizes.groups // numbers["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),), config,
+        **numbers,
+        KEEP=keep, ACTIVATION=activation, PRECISION=precision,
+        STAGES=config.num_stages,
     )  # fmt: skip

@@ -32,6 +32,7 @@ backward then runs forward again. Sums over tiles or slices are added in a fixed
 import torch
 from torch import Tensor
 
+from fastblocks.backend import KERNEL_DTYPES
 from fastblocks.eager import recurrent as eager
 from fastblocks.kernels.operator import Operator, compute_dtype
 from fastblocks.kernels.recurrent import backward, config, forward
@@ -39,8 +40,6 @@ from fastblocks.kernels.recurrent.forward import Inputs, sizes_of
 from fastblocks.kernels.runtime import architecture
 
 __all__ = ["grouped_gru", "grouped_lstm", "unsupported_reason"]
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(
@@ -56,7 +55,7 @@ def unsupported_reason(
     states = state if isinstance(state, tuple | list) else (state,)
     dtype = compute_dtype(x)
     tensors = [t for t in (weight_ih, weight_hh, bias_ih, bias_hh, *states) if t is not None]
-    if dtype not in DTYPES or any(t.dtype not in DTYPES for t in tensors):
+    if dtype not in KERNEL_DTYPES or any(t.dtype not in KERNEL_DTYPES for t in tensors):
         return "no kernel for float64"
     if dtype == x.dtype and any(t.dtype != dtype for t in tensors[:2]) and not torch.is_autocast_enabled(x.device.type):
         return "input and weights differ in dtype"
