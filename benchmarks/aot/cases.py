@@ -22,6 +22,7 @@ ATTENTION = {  # tokens, heads, head size, window, registers
     "att-long": (8192, 8, 64, 128, 4),
     "att-huge": (65536, 8, 32, 256, 8),
     "full": (4096, 8, 64, -1, 0),
+    "att-registers": (300, 2, 64, 64, 32),  # the most that sm_80 takes at this head size, q and k not rotated before
     "att-forty": (40, 4, 32, -1, 0),  # no power of two
 }
 RECURRENT = {  # G, I, H, N
@@ -116,6 +117,8 @@ def attention() -> Iterator[tuple[str, Arguments]]:
                 yield label, _attention(dtype, 1, *sizes, window, registers, out)
     for name, (element, dtype) in product(("att-freq", "att-time", "full"), DTYPES.items()):  # as BS-RoFormer has them
         yield f"{name} gates {element}", _attention(dtype, 1, *ATTENTION[name], False, True)
+    for element, dtype in ALL_DTYPES.items():
+        yield f"att-registers gates {element}", _attention(dtype, 1, *ATTENTION["att-registers"], True, True)
 
 
 def recurrent() -> Iterator[tuple[str, Arguments]]:

@@ -61,7 +61,7 @@ def most_registers(head_dim: int, architecture: str) -> int:
 
 def launch_config(
     kernel: str, n_rows: int, block_d: int, element_size: int, architecture: str, tf32: bool = False,
-    streams: bool = False, gated: bool = False,
+    streams: bool = False, gated: bool = False, n_registers: int = 0,
 ) -> LaunchConfig:  # fmt: skip
     """The launch of one attention kernel; block_d is the padded head size. streams: all keys pass by, as they are in
     memory, one block after the other: many rotated tokens without a window or register tokens.
@@ -79,9 +79,12 @@ def launch_config(
         # In float32 a part of 64 spills 56 bytes in one, and with gates all of them 80.
         one = n_rows <= 64 if element_size == 2 else n_rows == 64 and (tf32 or not gated)
         return config(4 if one else 8, 1, BLOCK_M=128)
+    roomy = architecture in OPERANDS_IN_SHARED_MEMORY
     if kernel.startswith("register"):  # tiles of 16 rows: more warps would only duplicate operands
         if block_d > 64:  # 4 warps spill 0.3 kB per thread
             return config(8, 1, BLOCK_N=16)
+        if element_size == 4 and block_d > 32 and n_registers > 16:  # 4 warps spill 0.2 kB per thread
+            return config(8, 1, BLOCK_N=32)
         # 64 rotated keys of 32 channels spill 8 bytes per thread. SPLIT must be a multiple of it.
         return config(4, 1, BLOCK_N=64 if element_size == 2 and block_d > 32 else 32)
     if element_size == 4 and kernel == "long_forward" and block_d <= 32:
@@ -89,11 +92,13 @@ def launch_config(
         return config(4, 1, BLOCK_M=32, BLOCK_N=16 if block_d == 16 else 32)
     if element_size == 4 and block_d <= 32 and (kernel == "grad_key" or gated):
         return config(4, 1, BLOCK_M=32, BLOCK_N=32)  # with 8 warps ptxas spills: grad_key at 64 registers on sm_80
+    if element_size == 4 and block_d == 64:  # 32 queries spill 16 bytes on sm_80, 8 on sm_90 beside 32 register tokens
+        if (kernel == "grad_key" and not roomy) or (kernel == "grad_query" and n_registers > 16):
+            return config(8, 1, BLOCK_M=16, BLOCK_N=32)
     if element_size == 4:  # no tensor cores: 4 warps spill 300 bytes per thread at D = 64
         return config(8, 1, BLOCK_M=32, BLOCK_N=32) if block_d <= 64 else config(8, 1, BLOCK_M=16, BLOCK_N=16)
     if block_d > 128:  # 32 queries spill 0.6 kB per thread, 64 up to 5.6
         return config(8, 1, BLOCK_M=16, BLOCK_N=16)
-    roomy = architecture in OPERANDS_IN_SHARED_MEMORY
     if block_d > 64:
         if kernel == "grad_key":
             return config(8, 1, BLOCK_M=32, BLOCK_N=32)
@@ -104,9 +109,11 @@ def launch_config(
         # Copies run ahead of the products. Predictions (H100, 4096 tokens of 8 heads of 64 channels): forward 83 us
         # instead of 102, grad_query 72 instead of 158, grad_key 203 instead of 253.
         return config(4, 3, BLOCK_M=64, BLOCK_N=64) if kernel == "grad_key" else config(8, 3, BLOCK_M=128, BLOCK_N=64)
-    if block_d > 32 and not roomy:  # with 32 register tokens: 4 warps or one stage spill up to 56 bytes, this 16
+    if block_d > 32 and not roomy:  # 4 warps or one stage spill up to 56 bytes
         if kernel == "grad_key":
             return config(8, 2, BLOCK_M=32, BLOCK_N=64)
+        if kernel == "grad_query" and n_registers > 16:  # 64 queries beside 32 register tokens spill up to 104 bytes
+            return config(8, 1, BLOCK_M=32, BLOCK_N=64)
         if kernel == "grad_query":
             return config(8, 2, BLOCK_M=64, BLOCK_N=64)
     if kernel == "grad_key":  # keys are its rows: 128 of 32 channels leave 2 programs resident
@@ -117,9 +124,10 @@ def launch_config(
 # ---- what follows from shapes ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that a launch needs and that follows from shapes; computed once per shape."""
+    """Everything that a launch needs and that follows from shapes; computed once per shape, and hashed as an object:
+    prepared launches are cached by it."""
 
     short: bool  # the `short` kernels run: all keys of a head on chip
     rotated: bool  # a separate kernel rotates q and k; the others find them rotated
@@ -180,6 +188,8 @@ def _plan(
     shared = {"HEAD_DIM": head_dim, "BLOCK_D": block_d}
     tf32 = tf32 and dtype == torch.float32 and block_d <= MOST_TF32
     products = {"PRECISION": "tf32" if tf32 else "ieee"}
+    # TF32 operands of 17 to 64 register tokens of 64 channels as queries spill 16 to 88 bytes in every shape tried.
+    register_products = {"PRECISION": "tf32" if tf32 and (n_registers <= 16 or block_d <= 32) else "ieee"}
     has_window = any(0 <= side < n_tokens - 1 for side in window)
     configs = {
         "register_gradient": config(4, **shared, BLOCK_S=PARTIAL_TILE // block_d, REGISTERS_OUT=registers_out),
@@ -189,8 +199,8 @@ def _plan(
     streams = rotated and not has_window and n_registers == 0
 
     def complete(kernel: str, **constants) -> LaunchConfig:
-        tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32, streams, gated)
-        return tiles.with_(**shared, **products, **constants)
+        tiles = launch_config(kernel, n_rows, block_d, size, architecture, tf32, streams, gated, n_registers)
+        return tiles.with_(**(shared | products | constants))
 
     if short:
         block_a, block_b = key_tiles(n_rows, size)
@@ -216,7 +226,7 @@ def _plan(
         block_r = tile(max(1, n_registers))
         flags = {"BLOCK_R": block_r, "HAS_WINDOW": has_window, "ROTATED": rotated}
         has_registers = {"HAS_REGISTERS": n_registers > 0}
-        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATED": rotated}
+        registers = {"BLOCK_R": block_r, "SPLIT": SPLIT, "ROTATED": rotated, **register_products}
         configs |= {
             "rotate": config(4, **shared, BLOCK_M=max(MIN_TILE, 4096 // block_d)),
             "long_forward": complete("long_forward", **flags, **has_registers),

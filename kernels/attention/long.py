@@ -14,26 +14,30 @@ Those 2·T·D elements are kept for backward. Below that, the kernel of dq hands
 seven products, 14·T·(W + R)·D; W is the window, T in its place where there is none.
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
     LOG2_E,
-    gate_arguments,
     load_gate,
     load_rotated,
     load_rows,
+    numbers_of,
     program_of,
-    register_arguments,
     register_keys,
+    register_pointer,
     register_queries,
+    register_stride,
     rotate,
     store_rows,
+    stride_of,
 )
 from fastblocks.kernels.attention.windows import start_of_block, visible_blocks, visible_tokens
-from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -131,10 +135,11 @@ def _long_forward_kernel(
 
     out_ptr += (b * n_tokens + start_m) * n_channels + h * HEAD_DIM
     offs, left = tl.arange(0, BLOCK_M), n_tokens - start_m
-    acc = acc / total[:, None]
+    factor = 1.0 / total
     if gate_ptr is not None:
         gate_ptr += b * stride_gate_b + start_m.to(tl.int64) * stride_gate_t + h
-        acc *= load_gate(gate_ptr, offs, left, stride_gate_t)[:, None]
+        factor *= load_gate(gate_ptr, offs, left, stride_gate_t)
+    acc *= factor[:, None]
     store_rows(out_ptr, acc, offs, left, n_channels, HEAD_DIM, BLOCK_D)
     if KEEP_LSE:
         lse_ptr += pid_bh.to(tl.int64) * n_tokens
@@ -234,11 +239,13 @@ def _grad_query_kernel(
 @triton.jit
 def _grad_key_step(q, do, k, v, lse, delta, mask, dk, dv, scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
     """Add a block of queries to dk and dv. P and dS are transposed, [keys, queries], as the products need them."""
-    p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale - lse[None, :])
+    s = dot(k, tl.trans(q), PRECISION)
+    dp = dot(v, tl.trans(do), PRECISION)  # before the exponentials: each product is waited for where it stands
+    p = tl.exp2(s * scale - lse[None, :])
     if MASKED:
         p = tl.where(mask, p, 0.0)
+    ds = round_to(p * (dp - delta[None, :]), q.dtype)
     dv += dot(round_to(p, do.dtype), do, PRECISION)
-    ds = round_to(p * (dot(v, tl.trans(do), PRECISION) - delta[None, :]), q.dtype)
     return dk + dot(ds, q, PRECISION), dv
 
 
@@ -254,6 +261,8 @@ def _query_block(
     q = load_rows(q_ptr, offs, left, stride_rotated_t, HEAD_DIM, BLOCK_D, EVEN)
     do_ptr = grad_out_ptr + tl.cast(start, tl.int64) * stride_grad_t
     do = load_rows(do_ptr, offs, left, stride_grad_t, HEAD_DIM, BLOCK_D, EVEN)
+    if EVEN:  # every thread loads what its columns need, 16 numbers of 32 queries: masks would be a tenth of the loop
+        return q, do, tl.load(lse_ptr + start + offs), tl.load(delta_ptr + start + offs)
     lse = tl.load(lse_ptr + start + offs, mask=offs < left, other=float("inf"))
     delta = tl.load(delta_ptr + start + offs, mask=offs < left, other=0.0)
     return q, do, lse, delta
@@ -325,24 +334,65 @@ def _grad_key_kernel(
     store_rows(grad_qkv_ptr + n_channels, dk, offs, left, 3 * n_channels, HEAD_DIM, BLOCK_D)
 
 
-def inputs_of(qkv: Tensor, qk: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, plan: Plan) -> dict:
-    """The arguments that all kernels here and in `registers` share, by name; qk: qkv, or where the plan says so what
-    `rotate_tokens` filled."""
-    return {
+@dataclass(frozen=True)
+class Inputs:
+    """What all kernels here and in `registers` read. qk: qkv, or where the plan says so what `rotate_tokens` filled."""
+
+    pointers: dict[str, Tensor]
+    batch: int
+    n_head: int
+    layouts: tuple[tuple[int, ...], ...]  # strides of qk, v and the register tokens
+
+
+def inputs_of(qkv: Tensor, qk: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None) -> Inputs:
+    pointers = {
         "qk_ptr": qk, "v_ptr": qkv[..., 2 * (qkv.shape[2] // 3) :], "rope_ptr": rope,
-        **strides("qk", qk, "bt"), **strides("v", qkv, "bt"), **register_arguments(qkv, register_qkv),
-        "n_tokens": plan.n_tokens, "n_registers": plan.n_registers, "n_head": n_head, "scale": plan.scale,
+        "register_ptr": register_pointer(qkv, register_qkv),
     }  # fmt: skip
+    return Inputs(pointers, qkv.shape[0], n_head, (qk.stride(), qkv.stride(), register_stride(register_qkv)))
 
 
-def forward(inputs: dict, gate: Tensor | None, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
-    """Fills out (B, T, C) and, with keep, lse (B, H, T)."""
-    config, n_head = plan.configs["long_forward"], inputs["n_head"]
-    launch(
-        _long_forward_kernel, (out.shape[0] * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),),
-        config, like=out, **inputs, **gate_arguments(gate), out_ptr=out, lse_ptr=lse,
-        **plan.window, KEEP_LSE=keep,
+def input_numbers(plan: Plan, n_head: int, layouts: tuple[tuple[int, ...], ...], **more: tuple[int, ...]) -> dict:
+    """The arguments of a kernel that reads `Inputs`, by name; more: strides of others."""
+    qk, v, register = layouts
+    return {**numbers_of(plan, n_head, qk=qk, v=v, register=register, **more), "scale": plan.scale}
+
+
+@lru_cache(maxsize=1024)
+def _forward_launch(plan: Plan, batch: int, n_head: int, layouts: tuple, gate: tuple[int, ...], keep: bool) -> Prepared:
+    config = plan.configs["long_forward"]
+    return Prepared(
+        _long_forward_kernel, (batch * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),), config,
+        **input_numbers(plan, n_head, layouts, gate=gate), **plan.window, KEEP_LSE=keep,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _grad_query_launch(
+    plan: Plan, batch: int, n_head: int, layouts: tuple, gate: tuple[int, ...], grad: tuple[int, ...], n_parts: int
+) -> Prepared:
+    return Prepared(
+        _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"],
+        **input_numbers(plan, n_head, layouts, gate=gate, grad=grad), **plan.window, n_parts=n_parts,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _grad_key_launch(
+    plan: Plan, batch: int, n_head: int, layouts: tuple, rotated: tuple[int, ...], grad: tuple[int, ...],
+    grad_register: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    config = plan.configs["grad_key"]
+    return Prepared(
+        _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, config["BLOCK_N"]),), config,
+        **input_numbers(plan, n_head, layouts, rotated=rotated, grad=grad, grad_register=grad_register), **plan.window,
+    )  # fmt: skip
+
+
+def forward(inputs: Inputs, gate: Tensor | None, out: Tensor, lse: Tensor, keep: bool, plan: Plan) -> None:
+    """Fills out (B, T, C) and, with keep, lse (B, H, T)."""
+    prepared = _forward_launch(plan, inputs.batch, inputs.n_head, inputs.layouts, stride_of(gate), keep)
+    prepared(out, **inputs.pointers, gate_ptr=gate, out_ptr=out, lse_ptr=lse)
 
 
 def n_query_blocks(plan: Plan) -> int:
@@ -350,29 +400,27 @@ def n_query_blocks(plan: Plan) -> int:
 
 
 def backward(
-    inputs: dict, gate: Tensor | None, grad_out: Tensor, grad_register_out: Tensor, out: Tensor, register_out: Tensor,
-    lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, grad_gate: Tensor | None, partial: Tensor, n_parts: int,
-    plan: Plan,
+    inputs: Inputs, gate: Tensor | None, grad_out: Tensor, grad_register_out: Tensor, out: Tensor,
+    register_out: Tensor, lse: Tensor, register_lse: Tensor, grad_qkv: Tensor, grad_gate: Tensor | None,
+    partial: Tensor, n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills grad_qkv (B, T, 3C), grad_gate (B, T, H), and parts 1 … blocks of partial (B, n_parts, R, 3C) with the
     register tokens' dk and dv."""
-    batch, n_head, grad_key = out.shape[0], inputs["n_head"], plan.configs["grad_key"]
+    batch, n_head, layouts = inputs.batch, inputs.n_head, inputs.layouts
     delta = torch.empty((batch, n_head, plan.n_tokens), dtype=torch.float32, device=out.device)
-    rotated = inputs["qk_ptr"] if plan.rotated else torch.empty_like(out)
+    rotated = inputs.pointers["qk_ptr"] if plan.rotated else torch.empty_like(out)
     gated = None if gate is None else torch.empty_like(out)
-    both = {
-        **inputs, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv, **plan.window,
-    }  # fmt: skip
-    launch(
-        _grad_query_kernel, (batch * n_head * n_query_blocks(plan),), plan.configs["grad_query"], like=out,
-        **both, **gate_arguments(gate), out_ptr=out, grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"),
-        grad_gate_ptr=grad_gate, rotated_ptr=rotated, gated_ptr=gated, partial_ptr=partial, n_parts=n_parts,
+    both = {**inputs.pointers, "lse_ptr": lse, "delta_ptr": delta, "grad_qkv_ptr": grad_qkv}
+    prepared = _grad_query_launch(plan, batch, n_head, layouts, stride_of(gate), grad_out.stride(), n_parts)
+    prepared(
+        out, **both, gate_ptr=gate, out_ptr=out, grad_out_ptr=grad_out, grad_gate_ptr=grad_gate, rotated_ptr=rotated,
+        gated_ptr=gated, partial_ptr=partial,
     )  # fmt: skip
     grad_out = grad_out if gate is None else gated
-    launch(
-        _grad_key_kernel, (batch * n_head * cdiv(plan.n_tokens, grad_key["BLOCK_N"]),), grad_key, like=out,
-        **both, rotated_ptr=rotated, **strides("rotated", rotated, "bt"),
-        grad_out_ptr=grad_out, **strides("grad", grad_out, "bt"), register_out_ptr=register_out,
+    prepared = _grad_key_launch(
+        plan, batch, n_head, layouts, rotated.stride(), grad_out.stride(), grad_register_out.stride()
+    )
+    prepared(
+        out, **both, rotated_ptr=rotated, grad_out_ptr=grad_out, register_out_ptr=register_out,
         grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse,
-        **strides("grad_register", grad_register_out, "br"),
     )  # fmt: skip

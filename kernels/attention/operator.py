@@ -112,7 +112,7 @@ def _forward(outputs, qkv, rope, n_head, window, register_qkv, registers_out, ga
             qk = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3 * 2))
     if plan.rotated:
         rotation.rotate_tokens(qkv, qk, rope, n_head, plan)
-    inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
+    inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv)
     long.forward(inputs, gate, out, lse, keep, plan)
     if registers_out:
         registers.forward(inputs, register_out, register_lse, keep, plan)
@@ -144,7 +144,7 @@ def _backward(grads, needs, qkv, rope, n_head, window, register_qkv, registers_o
         )
     else:
         qk, lse, register_lse = _parts_of(kept, qkv, n_head, plan.rotated)
-        inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv, plan)
+        inputs = long.inputs_of(qkv, qk, rope, n_head, register_qkv)
         long.backward(
             inputs, gate, grad_out, grad_register_out, out, register_out, lse, register_lse, grad_qkv, grad_gate,
             partial, n_parts, plan,

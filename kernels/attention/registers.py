@@ -8,11 +8,13 @@ float32 partial sum, and they are added in the order of the blocks. No atomics: 
 Bytes: forward 2·T·C elements read and 4·R·C·T / SPLIT written and read; backward 4·R·3C·(T / BLOCK) written and read.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from fastblocks.kernels.attention.config import COMBINE_ROWS, Plan
-from fastblocks.kernels.attention.long import _grad_key_step, _key_block, _softmax_step
+from fastblocks.kernels.attention.long import Inputs, _grad_key_step, _key_block, _softmax_step, input_numbers
 from fastblocks.kernels.attention.tiles import (
     LOG2_E,
     load_rotated,
@@ -23,8 +25,7 @@ from fastblocks.kernels.attention.tiles import (
     rotate,
     store_rows,
 )
-from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
@@ -194,38 +195,66 @@ def n_splits(plan: Plan) -> int:
     return cdiv(plan.n_tokens, plan.configs["register_forward"]["SPLIT"])
 
 
-def forward(inputs: dict, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
+@lru_cache(maxsize=1024)
+def _forward_launches(plan: Plan, batch: int, n_head: int, layouts: tuple, keep: bool) -> tuple[Prepared, Prepared]:
+    splits = n_splits(plan)
+    partial = Prepared(
+        _register_forward_kernel, (batch * n_head * splits,), plan.configs["register_forward"],
+        **input_numbers(plan, n_head, layouts), n_splits=splits,
+    )  # fmt: skip
+    combined = Prepared(
+        _register_combine_kernel, (batch * n_head * cdiv(plan.n_registers, COMBINE_ROWS),),
+        plan.configs["register_combine"], n_registers=plan.n_registers, n_head=n_head, n_splits=splits,
+        scale=plan.scale, KEEP_LSE=keep,
+    )  # fmt: skip
+    return partial, combined
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    plan: Plan, batch: int, n_head: int, layouts: tuple, grad_register: tuple[int, ...], n_parts: int
+) -> Prepared:
+    splits = n_splits(plan)
+    return Prepared(
+        _register_backward_kernel, (batch * n_head * splits,), plan.configs["register_backward"],
+        **input_numbers(plan, n_head, layouts, grad_register=grad_register), n_splits=splits, n_parts=n_parts,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _gradient_launch(
+    plan: Plan, groups: int, n_head: int, n_parts: int, n_batches: int, first_part: int, last_part_q: int,
+    last_part: int,
+) -> Prepared:  # fmt: skip
+    return Prepared(
+        _register_gradient_kernel, (groups * plan.n_registers * 3 * n_head,), plan.configs["register_gradient"],
+        n_registers=plan.n_registers, n_head=n_head, n_parts=n_parts, n_batches=n_batches, first_part=first_part,
+        last_part_q=last_part_q, last_part=last_part,
+    )  # fmt: skip
+
+
+def forward(inputs: Inputs, register_out: Tensor, register_lse: Tensor, keep: bool, plan: Plan) -> None:
     """Fills register_out (B, R, C) and, with keep, register_lse (B, H, R)."""
     batch, n_registers, channels = register_out.shape
-    n_head, splits = inputs["n_head"], n_splits(plan)
-    rows = (batch, n_head, splits, n_registers)
+    rows = (batch, inputs.n_head, n_splits(plan), n_registers)
     m, total = (torch.empty(rows, dtype=torch.float32, device=register_out.device) for _ in range(2))
-    acc = torch.empty((*rows, channels // n_head), dtype=torch.float32, device=register_out.device)
-    launch(
-        _register_forward_kernel, (batch * n_head * splits,), plan.configs["register_forward"], like=register_out,
-        **inputs, m_ptr=m, total_ptr=total, acc_ptr=acc, n_splits=splits,
-    )  # fmt: skip
-    launch(
-        _register_combine_kernel, (batch * n_head * cdiv(n_registers, COMBINE_ROWS),),
-        plan.configs["register_combine"], like=register_out, KEEP_LSE=keep,
-        m_ptr=m, total_ptr=total, acc_ptr=acc, register_out_ptr=register_out, register_lse_ptr=register_lse,
-        n_registers=n_registers, n_head=n_head, n_splits=splits, scale=plan.scale,
-    )  # fmt: skip
+    acc = torch.empty((*rows, channels // inputs.n_head), dtype=torch.float32, device=register_out.device)
+    both = {"m_ptr": m, "total_ptr": total, "acc_ptr": acc}
+    partial, combined = _forward_launches(plan, batch, inputs.n_head, inputs.layouts, keep)
+    partial(register_out, **inputs.pointers, **both)
+    combined(register_out, **both, register_out_ptr=register_out, register_lse_ptr=register_lse)
 
 
 def backward(
-    inputs: dict, grad_register_out: Tensor, register_out: Tensor, register_lse: Tensor, partial: Tensor,
+    inputs: Inputs, grad_register_out: Tensor, register_out: Tensor, register_lse: Tensor, partial: Tensor,
     n_parts: int, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills parts 0 … splits - 1 of partial (B, n_parts, R, 3C) with the register tokens' dq, and part 0 with dk and dv
     from what they see of each other."""
-    splits = n_splits(plan)
-    launch(
-        _register_backward_kernel, (register_out.shape[0] * inputs["n_head"] * splits,),
-        plan.configs["register_backward"], like=register_out, **inputs, register_out_ptr=register_out,
-        grad_register_out_ptr=grad_register_out, register_lse_ptr=register_lse, partial_ptr=partial,
-        **strides("grad_register", grad_register_out, "br"),
-        n_splits=splits, n_parts=n_parts,
+    prepared = _backward_launch(plan, inputs.batch, inputs.n_head, inputs.layouts, grad_register_out.stride(), n_parts)
+    prepared(
+        register_out, **inputs.pointers, register_out_ptr=register_out, grad_register_out_ptr=grad_register_out,
+        register_lse_ptr=register_lse, partial_ptr=partial,
     )  # fmt: skip
 
 
@@ -234,13 +263,9 @@ def gradient(
     last_part: int, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills grad_register (B or 1, R, 3C) with the sum of partial (B, n_parts, R, 3C)."""
-    groups, n_registers, _ = grad_register.shape
+    groups = grad_register.shape[0]
     n_parts, n_batches = partial.shape[1], partial.shape[0] // groups
     if n_parts == 1:  # one part per sample: add the samples as if they were parts of one
         n_parts, last_part_q, last_part, n_batches = n_batches, n_batches, n_batches, 1
-    launch(
-        _register_gradient_kernel, (groups * n_registers * 3 * n_head,), plan.configs["register_gradient"],
-        like=partial, partial_ptr=partial, rope_ptr=rope, grad_register_ptr=grad_register,
-        n_registers=n_registers, n_head=n_head, n_parts=n_parts, n_batches=n_batches,
-        first_part=first_part, last_part_q=last_part_q, last_part=last_part,
-    )  # fmt: skip
+    prepared = _gradient_launch(plan, groups, n_head, n_parts, n_batches, first_part, last_part_q, last_part)
+    prepared(partial, partial_ptr=partial, rope_ptr=rope, grad_register_ptr=grad_register)

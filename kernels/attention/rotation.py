@@ -3,12 +3,13 @@
 Bytes: 2·T·C elements read and written, and half as many of the float32 table.
 """
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
-from fastblocks.kernels.attention.tiles import load_rotated, program_of, store_rows
-from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.attention.tiles import load_rotated, numbers_of, program_of, store_rows
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.runtime import cdiv, tl, triton
 
 
@@ -29,11 +30,14 @@ def _rotate_kernel(
     store_rows(rotated_ptr, x, offs, n_tokens - start, stride_out, HEAD_DIM, BLOCK_D)
 
 
+@lru_cache(maxsize=1024)
+def _launch(plan: Plan, batch: int, n_head: int, qkv: tuple[int, ...]) -> Prepared:
+    config = plan.configs["rotate"]
+    grid = (batch * 2 * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),)
+    return Prepared(_rotate_kernel, grid, config, **numbers_of(plan, n_head, qkv=qkv))
+
+
 def rotate_tokens(qkv: Tensor, rotated: Tensor, rope: Tensor, n_head: int, plan: Plan) -> None:
     """Fills rotated (B, T, 2C) with the tokens' q and k, rotated."""
-    config = plan.configs["rotate"]
-    launch(
-        _rotate_kernel, (qkv.shape[0] * 2 * n_head * cdiv(plan.n_tokens, config["BLOCK_M"]),), config, like=qkv,
-        qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=rotated, **strides("qkv", qkv, "bt"),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, n_head=n_head,
-    )  # fmt: skip
+    prepared = _launch(plan, qkv.shape[0], n_head, qkv.stride())
+    prepared(qkv, qkv_ptr=qkv, rope_ptr=rope, rotated_ptr=rotated)

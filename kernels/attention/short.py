@@ -13,22 +13,25 @@ stays in cache. FLOPs: 4·T²·D and 10·T²·D. At T = 64, D = 32 that is 64 an
 bfloat16): memory-bound, as long as the exponentials (16 per clock and SM) keep up: T / (8·D) of them per byte.
 """
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.attention.tiles import (
     LOG2_E,
-    gate_arguments,
     load_gate,
     load_rows,
     load_sequence,
-    register_arguments,
+    numbers_of,
+    register_pointer,
+    register_stride,
     rotate,
     store_rows,
+    stride_of,
 )
 from fastblocks.kernels.attention.windows import visible
-from fastblocks.kernels.launch import launch
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.launch import Prepared
 from fastblocks.kernels.numerics import dot, round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -285,17 +288,37 @@ def _short_backward_kernel(
         )  # fmt: skip
 
 
+@lru_cache(maxsize=1024)
+def _forward_launch(
+    plan: Plan, batch: int, n_head: int, qkv: tuple[int, ...], register: tuple[int, ...], gate: tuple[int, ...]
+) -> Prepared:
+    return Prepared(
+        _short_forward_kernel, (batch * n_head,), plan.configs["short_forward"],
+        **numbers_of(plan, n_head, qkv=qkv, register=register, gate=gate), **plan.window, scale=plan.scale,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def _backward_launch(
+    plan: Plan, batch: int, n_head: int, qkv: tuple[int, ...], register: tuple[int, ...], gate: tuple[int, ...],
+    grad: tuple[int, ...], grad_register: tuple[int, ...],
+) -> Prepared:  # fmt: skip
+    layouts = {"qkv": qkv, "register": register, "gate": gate, "grad": grad, "grad_register": grad_register}
+    return Prepared(
+        _short_backward_kernel, (batch * n_head,), plan.configs["short_backward"],
+        **numbers_of(plan, n_head, **layouts), **plan.window, scale=plan.scale,
+    )  # fmt: skip
+
+
 def forward(
     qkv: Tensor, rope: Tensor, n_head: int, register_qkv: Tensor | None, gate: Tensor | None, out: Tensor,
     register_out: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills out (B, T, C) and, where the plan has it, register_out (B, R, C)."""
-    launch(
-        _short_forward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_forward"], like=qkv,
-        qkv_ptr=qkv, rope_ptr=rope, out_ptr=out, register_out_ptr=register_out,
-        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, **plan.window, n_head=n_head,
-        scale=plan.scale,
+    prepared = _forward_launch(plan, qkv.shape[0], n_head, qkv.stride(), register_stride(register_qkv), stride_of(gate))
+    prepared(
+        qkv, qkv_ptr=qkv, rope_ptr=rope, register_ptr=register_pointer(qkv, register_qkv), gate_ptr=gate, out_ptr=out,
+        register_out_ptr=register_out,
     )  # fmt: skip
 
 
@@ -304,12 +327,12 @@ def backward(
     gate: Tensor | None, grad_qkv: Tensor, grad_gate: Tensor | None, partial: Tensor, plan: Plan,
 ) -> None:  # fmt: skip
     """Fills grad_qkv (B, T, 3C), grad_gate (B, T, H) and partial (B, 1, R, 3C)."""
-    launch(
-        _short_backward_kernel, (qkv.shape[0] * n_head,), plan.configs["short_backward"], like=qkv,
-        qkv_ptr=qkv, rope_ptr=rope, grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out,
-        grad_qkv_ptr=grad_qkv, grad_gate_ptr=grad_gate, partial_ptr=partial,
-        **strides("qkv", qkv, "bt"), **register_arguments(qkv, register_qkv), **gate_arguments(gate),
-        **strides("grad", grad_out, "bt"), **strides("grad_register", grad_register_out, "br"),
-        n_tokens=plan.n_tokens, n_registers=plan.n_registers, **plan.window, n_head=n_head,
-        scale=plan.scale,
+    prepared = _backward_launch(
+        plan, qkv.shape[0], n_head, qkv.stride(), register_stride(register_qkv), stride_of(gate), grad_out.stride(),
+        grad_register_out.stride(),
+    )  # fmt: skip
+    prepared(
+        qkv, qkv_ptr=qkv, rope_ptr=rope, register_ptr=register_pointer(qkv, register_qkv), gate_ptr=gate,
+        grad_out_ptr=grad_out, grad_register_out_ptr=grad_register_out, grad_qkv_ptr=grad_qkv,
+        grad_gate_ptr=grad_gate, partial_ptr=partial,
     )  # fmt: skip

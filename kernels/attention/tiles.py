@@ -7,7 +7,7 @@ Rows of the whole sequence: row i < R is register token i, row R + t is token t;
 
 from torch import Tensor
 
-from fastblocks.kernels.matrix import strides
+from fastblocks.kernels.attention.config import Plan
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import tl, triton
 
@@ -121,15 +121,26 @@ def load_gate(gate_ptr, offs, end, stride):
     return 1.0 / (1.0 + tl.exp2(logits.to(tl.float32) * -LOG2_E))
 
 
-def gate_arguments(gate: Tensor | None) -> dict:
-    """The gates' pointer, None where there are none, and strides; their last one is 1."""
-    return {"gate_ptr": gate, **strides("gate", gate, "bt")}
+def stride_of(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if x is None else x.stride()
 
 
-def register_arguments(qkv: Tensor, register_qkv: Tensor | None) -> dict:
-    """The register tokens' pointer and strides (batch stride 0 if all samples share them); without any, qkv is a
-    placeholder."""
+def register_pointer(qkv: Tensor, register_qkv: Tensor | None) -> Tensor:
+    """The register tokens; without any, qkv is a placeholder."""
+    return qkv if register_qkv is None else register_qkv
+
+
+def register_stride(register_qkv: Tensor | None) -> tuple[int, int]:
+    """Strides of the samples and of the register tokens: 0 where all samples share them."""
     if register_qkv is None:
-        return {"register_ptr": qkv, **strides("register", None, "br")}
-    shared = register_qkv.expand(qkv.shape[0], -1, -1)
-    return {"register_ptr": register_qkv, **strides("register", shared, "br")}
+        return 0, 0
+    return 0 if register_qkv.shape[0] == 1 else register_qkv.stride(0), register_qkv.stride(1)
+
+
+def numbers_of(plan: Plan, n_head: int, **layouts: tuple[int, ...]) -> dict:
+    """The arguments that follow from shapes and layouts, by name. layouts: strides of samples and rows (and more)."""
+    numbers = {"n_tokens": plan.n_tokens, "n_registers": plan.n_registers, "n_head": n_head}
+    for name, (batch, row, *_) in layouts.items():
+        numbers[f"stride_{name}_b"] = batch
+        numbers[f"stride_{name}_{'r' if name.endswith('register') else 't'}"] = row
+    return numbers
