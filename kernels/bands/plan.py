@@ -79,11 +79,10 @@ def _tables(ranges: tuple[int, ...], bins: int, channels: int, piece_lanes: int,
     return bands, order, pieces, blocks, steps, tiles, total
 
 
-def plan_of(spectrum: Tensor, features: int, ranges: Sequence[int]) -> Plan:
-    """The plan for a spectrum (B, F, T, I) and bands of so many features."""
+def plan_of(spectrum: Tensor, ranges: Sequence[int]) -> Plan:
+    """The plan for a spectrum (B, F, T, I)."""
     _, bins, _, channels = spectrum.shape
-    chosen = config.to_bands(features), config.to_bins(features), config.grad_weight(features)
-    return plan(tuple(ranges), bins, channels, tuple(c["BLOCK_L"] for c in chosen), spectrum.device)
+    return plan(tuple(ranges), bins, channels, (config.PIECE, config.BLOCK, config.TILE), spectrum.device)
 
 
 def flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def _outputs(x, weight, bias, ranges, dtype, keep):
 
 
 def _forward(outputs, x, weight, bias, ranges, dtype, keep):
-    plan = plan_of(x, weight.shape[2], ranges)
+    plan = plan_of(x, ranges)
     to_bands(x, None, weight.mT, bias.contiguous(), outputs[0], plan, dtype)
 
 
@@ -50,7 +50,7 @@ def _gradients(needs, x, weight, bias, ranges, dtype):
 
 def _backward(grads, needs, x, weight, bias, ranges, dtype):
     grad_y = with_adjacent_features(grads[0])
-    plan = plan_of(x, weight.shape[2], ranges)
+    plan = plan_of(x, ranges)
     needs_weight = needs[1] or needs[2]
     wanted = needs[0], needs_weight, needs_weight
     grad_x, grad_w, grad_bias = _gradients(wanted, x, weight, bias, ranges, dtype)

@@ -43,7 +43,7 @@ def _outputs(x, weight, bias, ola_window, ranges, channels, dtype, keep):
 
 def _forward(outputs, x, weight, bias, ola_window, ranges, channels, dtype, keep):
     (y,) = outputs
-    plan, window = plan_of(y, x.shape[1], ranges), ola_window.contiguous()
+    plan, window = plan_of(y, ranges), ola_window.contiguous()
     to_bins(with_adjacent_features(x), weight, bias.contiguous(), window, y, plan, dtype)
 
 
@@ -57,7 +57,7 @@ def _gradients(needs, x, weight, bias, ola_window, ranges, channels, dtype):
 def _backward(grads, needs, x, weight, bias, ola_window, ranges, channels, dtype):
     (grad_y,) = grads
     window = ola_window.contiguous()
-    plan = plan_of(grad_y, x.shape[1], ranges)
+    plan = plan_of(grad_y, ranges)
     needs_weight = needs[1] or needs[2]
     wanted = needs[0], needs_weight, needs_weight, False
     grad_x, grad_w, grad_bias, _ = _gradients(wanted, x, weight, bias, ola_window, ranges, channels, dtype)

@@ -32,7 +32,7 @@ BANDS = {
 
 def tensors_of(operation: str, case, device) -> list[Tensor]:
     batch, length, channels, features, bins, ranges = case
-    width = channels * max(end - start for start, end in ranges)
+    width = channels * max(1, *(end - start for start, end in ranges))
     sizes = (len(ranges), width, features), (len(ranges), features), (batch, bins, length, channels)
     if operation == "unsplit":
         sizes = (len(ranges), features, width), (len(ranges), width), (batch, features, length, len(ranges))
@@ -188,8 +188,19 @@ def test_a_band_that_is_not_finite_stays_in_its_bins(device):
         for bad in (float("nan"), float("inf")):
             x[..., 1] = bad  # bins 1 to 8
             got = function_of("unsplit", case, device)(x, weight, bias)
-            assert torch.equal(got[:, 8:], want[:, 8:]) and torch.equal(got[:, :1], want[:, :1])
+            others = [0, *range(8, case[4])]
+            assert_close(got[:, others], want[:, others].double(), what=f"beside {bad}")
             assert not got[:, 1:8].isfinite().any()
+
+
+def test_bands_without_a_bin(device):
+    """All of them: zeros, and biases alone."""
+    case = (1, 3, 2, 4, 5, [(2, 2), (0, 0)])
+    with use_backend("triton"):
+        assert not function_of("unsplit", case, device)(*tensors_of("unsplit", case, device)).any()
+        x, weight, bias = tensors_of("split", case, device)
+        y = function_of("split", case, device)(x, weight, bias)
+    assert torch.equal(y, bias.T[None, :, None].expand_as(y))
 
 
 def test_lanes_past_a_bands_end_are_neither_read_nor_left_undefined(device):
