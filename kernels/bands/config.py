@@ -14,20 +14,28 @@ from fastblocks.kernels.launch import LaunchConfig, config
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl
 
 PROGRAMS_PER_SM = 4  # that share the rows of the weights' gradients: two at a time
+OPERANDS_IN_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
+PIECE, BLOCK, TILE = 16, 64, 64  # lanes at a time: on the way to bands, to bins, of the weights' gradients
 
 
 @cache
 def to_bands(features: int) -> LaunchConfig:
     """16 lanes, a product's least: 16 of 64 mel bands have no more, and four programs are resident. Predicted under
     autocast 18 µs, with 32 lanes and two programs 22; with half of 128 features, read twice, far more."""
-    return config(4, 2, BLOCK_M=64, BLOCK_L=16, BLOCK_N=_block_n(features, 128))
+    return config(4, 2, BLOCK_M=64, BLOCK_L=PIECE, BLOCK_N=_block_n(features, 128))
+
+
+def to_bins(features: int, like: Tensor, dtype: torch.dtype) -> LaunchConfig:
+    """128 rows share a tile of the weights where operands are multiplied from shared memory, of which three stages take
+    90 KB: predicted 26 µs under autocast, with 64 rows 29 to 34. Elsewhere they take registers."""
+    roomy = runtime.architecture(like.device) in OPERANDS_IN_SHARED_MEMORY and dtype != torch.float32
+    return _to_bins(features, roomy)
 
 
 @cache
-def to_bins(features: int) -> LaunchConfig:
-    """Loops are short, so that a stage loaded ahead is often one too many, and a third resident program hides more:
-    predicted 28 µs, with 128 features at a time 31, with two stages 34."""
-    return config(4, 1, BLOCK_M=64, BLOCK_L=64, BLOCK_N=_block_n(features, 64))
+def _to_bins(features: int, roomy: bool) -> LaunchConfig:
+    warps, stages, rows = (8, 3, 128) if roomy else (4, 1, 64)
+    return config(warps, stages, BLOCK_M=rows, BLOCK_L=BLOCK, BLOCK_N=_block_n(features, 64))
 
 
 @cache
@@ -38,7 +46,7 @@ def pack_weight(block_l: int, block_n: int) -> LaunchConfig:
 @cache
 def grad_weight(features: int) -> LaunchConfig:
     """Long loops: three stages of 32 rows."""
-    return config(4, 3, BLOCK_M=32, BLOCK_L=64, BLOCK_N=_block_n(features, 128))
+    return config(4, 3, BLOCK_M=32, BLOCK_L=TILE, BLOCK_N=_block_n(features, 128))
 
 
 @cache

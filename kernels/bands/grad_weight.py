@@ -10,6 +10,8 @@ Bytes: the spectrum and bands once, both again from L2 for each further tile of 
 written and read; the gradient once. FLOPs 2 · B · T · lanes · N.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -95,7 +97,7 @@ def _sum_slabs_kernel(
     mask = (offs_l < lanes)[:, None] & mask_n[None, :]
     partial_ptrs = partial_ptr + ((at + offs_l).to(tl.int64)[:, None] * N + offs_n[None, :])
     total = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
-    for _ in range(slabs):
+    for _ in range(tl.where(tl.program_id(1) * BLOCK_L < lanes, slabs, 0)):  # beyond a band's lanes there are zeros
         total += tl.load(partial_ptrs, mask=mask, other=0.0)
         partial_ptrs += stride_slab
     weight_ptrs = grad_weight_ptr + k.to(tl.int64) * stride_weight_k
@@ -118,6 +120,13 @@ def _sum_slabs_kernel(
             bias_n += tl.load(bias_ptrs, mask=mask_n, other=0.0)
             bias_ptrs += stride_slab
         tl.store(grad_bias_ptr + k * N + offs_n, round_to(bias_n, grad_bias_ptr.dtype.element_ty), mask=mask_n)
+
+
+def empty_gradients(needs, make_x: Callable[[], Tensor], weight: Tensor, bias: Tensor) -> list[Tensor | None]:
+    """Of x, weight and bias, None where none is needed; those of weight and bias are computed together."""
+    needed = needs[1] or needs[2]
+    others = [torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else None for t in (weight, bias)]
+    return [make_x() if needs[0] else None, *others]
 
 
 def grad_weight(

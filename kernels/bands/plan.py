@@ -45,6 +45,11 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=256)
 def plan(ranges: tuple[int, ...], bins: int, channels: int, sizes: tuple[int, int, int], device: torch.device) -> Plan:
     """The tables of bands with bins [ranges[2k], ranges[2k + 1]); sizes: lanes of a piece, a block and a tile."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "band_split and band_unsplit copy tables of their ranges to the device at a shape's first call, which a "
+            f"CUDA graph cannot capture: call it once before capturing; {bins} bins, {channels} channels, {device}"
+        )
     *tables, lanes = _tables(ranges, bins, channels, *sizes)
     rows = torch.tensor(list(chain(*tables)), dtype=torch.int32, device=device).view(-1, 4)
     return Plan(*rows.split([len(table) for table in tables]), lanes)
@@ -79,11 +84,10 @@ def _tables(ranges: tuple[int, ...], bins: int, channels: int, piece_lanes: int,
     return bands, order, pieces, blocks, steps, tiles, total
 
 
-def plan_of(spectrum: Tensor, features: int, ranges: Sequence[int]) -> Plan:
-    """The plan for a spectrum (B, F, T, I) and bands of so many features."""
+def plan_of(spectrum: Tensor, ranges: Sequence[int]) -> Plan:
+    """The plan for a spectrum (B, F, T, I)."""
     _, bins, _, channels = spectrum.shape
-    chosen = config.to_bands(features), config.to_bins(features), config.grad_weight(features)
-    return plan(tuple(ranges), bins, channels, tuple(c["BLOCK_L"] for c in chosen), spectrum.device)
+    return plan(tuple(ranges), bins, channels, (config.PIECE, config.BLOCK, config.TILE), spectrum.device)
 
 
 def flat(ranges: Iterable[tuple[int, int]]) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def to_bands(
     chosen = config.to_bands(features)
     n_rows = batch * length
     blocks_m = cdiv(n_rows, chosen["BLOCK_M"])
-    packed, _ = pack_weight(weight, None, plan.pieces, chosen, dtype)
+    packed = pack_weight(weight, plan.pieces, chosen, dtype)
     launch(
         _to_bands_kernel, (n_bands * blocks_m, cdiv(features, chosen["BLOCK_N"])), chosen, like=spectrum,
         **of_spectrum(spectrum), **of_bands(bands),

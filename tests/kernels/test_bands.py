@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from tests.compare import ROUNDING, assert_as_exact, assert_close, relative_erro
 
 pytest.importorskip("triton")
 
-from fastblocks.kernels.bands import config, plan, split, unsplit
+from fastblocks.kernels.bands import config, plan, split, to_bins, unsplit
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -32,7 +33,7 @@ BANDS = {
 
 def tensors_of(operation: str, case, device) -> list[Tensor]:
     batch, length, channels, features, bins, ranges = case
-    width = channels * max(end - start for start, end in ranges)
+    width = channels * max(1, *(end - start for start, end in ranges))
     sizes = (len(ranges), width, features), (len(ranges), features), (batch, bins, length, channels)
     if operation == "unsplit":
         sizes = (len(ranges), features, width), (len(ranges), width), (batch, features, length, len(ranges))
@@ -153,6 +154,39 @@ def test_a_spectrum_is_read_and_written_as_it_lies(layout, device):
         assert relative_error(a, b) < 1e-6
 
 
+def far_apart(x: Tensor, dimension: int) -> Tensor:
+    """x with 2^31 elements from the first to the last of a dimension; on a CPU nothing is behind most of them."""
+    strides = list(x.contiguous().stride())
+    strides[dimension] = 2**31 // (x.shape[dimension] - 1) // 2 * 2 + 2
+    count = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True))
+    zeros = np.zeros(count, np.uint16)
+    y = torch.zeros(count, dtype=x.dtype, device=x.device) if x.is_cuda else torch.from_numpy(zeros).view(x.dtype)
+    return y.as_strided(x.shape, strides).copy_(x)
+
+
+@pytest.mark.parametrize("dimension", ["samples", "bins", "frames"])
+def test_offsets_past_2_to_the_31(dimension, device):
+    """In the spectrum, as it is read by split and by the gradients of both, and as it is written."""
+    case, at = (2, 5, 2, 8, 12, [(0, 5), (3, 12)]), ["samples", "bins", "frames"].index(dimension)
+    x, weight, bias = (t.bfloat16() for t in tensors_of("split", case, device))
+    with use_backend("triton"):
+        near, grad, *grads = differentiate(function_of("split", case, device), [x, weight, bias])
+        far, _, *far_grads = differentiate(function_of("split", case, device), [far_apart(x, at), weight, bias], grad)
+        assert torch.equal(near, far)
+        for a, b in zip(grads, far_grads, strict=True):
+            assert relative_error(a, b) < 0.01
+        y, weight, bias = (t.bfloat16() for t in tensors_of("unsplit", case, device))
+        z, grad, *grads = differentiate(function_of("unsplit", case, device), [y, weight, bias])
+        _, _, *far_grads = differentiate(function_of("unsplit", case, device), [y, weight, bias], far_apart(grad, at))
+        for a, b in zip(grads, far_grads, strict=True):
+            assert relative_error(a, b) < 0.01
+        place, window = far_apart(torch.zeros_like(z), at), window_of(case, device).bfloat16()
+        tables = plan.plan_of(place, plan.flat(case[5]))
+        y = y.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # features adjacent
+        to_bins.to_bins(y, weight, bias, window, place, tables, torch.bfloat16)
+    assert torch.equal(place, z)
+
+
 def test_nothing_as_large_as_the_spectrum_is_copied(device, monkeypatch):
     """A complex STFT is given as it is: no operation of PyTorch makes anything of its size, or of the padded lanes'."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,8 +222,19 @@ def test_a_band_that_is_not_finite_stays_in_its_bins(device):
         for bad in (float("nan"), float("inf")):
             x[..., 1] = bad  # bins 1 to 8
             got = function_of("unsplit", case, device)(x, weight, bias)
-            assert torch.equal(got[:, 8:], want[:, 8:]) and torch.equal(got[:, :1], want[:, :1])
+            others = [0, *range(8, case[4])]
+            assert_close(got[:, others], want[:, others].double(), what=f"beside {bad}")
             assert not got[:, 1:8].isfinite().any()
+
+
+def test_bands_without_a_bin(device):
+    """All of them: zeros, and biases alone."""
+    case = (1, 3, 2, 4, 5, [(2, 2), (0, 0)])
+    with use_backend("triton"):
+        assert not function_of("unsplit", case, device)(*tensors_of("unsplit", case, device)).any()
+        x, weight, bias = tensors_of("split", case, device)
+        y = function_of("split", case, device)(x, weight, bias)
+    assert torch.equal(y, bias.T[None, :, None].expand_as(y))
 
 
 def test_lanes_past_a_bands_end_are_neither_read_nor_left_undefined(device):
@@ -233,6 +278,13 @@ def test_blocks_cover_all_bins_and_steps_all_bands():
                     assert found.pieces[piece].tolist() == [k, first, start, min(start + 32, first + lanes)]
                     piece += 1
             assert len(widths) == len(ranges) and widths == sorted(widths, reverse=True)
+
+
+def test_a_first_call_cannot_be_captured(monkeypatch):
+    """The tables are copied from the host then, which an error of the driver's would not say."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once before capturing; 45 bins"):
+        plan.plan((0, 3, 1, 8), 45, 1, (32, 64, 64), torch.device("cuda"))
 
 
 def test_why_kernels_step_aside(device):
