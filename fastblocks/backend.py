@@ -147,6 +147,11 @@ def decide(operation: str, tensor: torch.Tensor, unsupported_reason: Callable[[]
     return not reason
 
 
+def traced_reason() -> str:
+    """Why kernels that read addresses, which a compiler cannot follow, leave a call to it; empty outside of one."""
+    return "torch.compile traces the plain formula" if torch.compiler.is_compiling() else ""
+
+
 def declined(operation: str, reason: str) -> None:
     """Tell `explain` that a module did without a fused operation, and why."""
     _note(Decision(operation, "eager", reason))

@@ -285,6 +285,22 @@ def weight_norm() -> Iterator[tuple[str, Arguments]]:
         yield f"{name} {element}", _weight_norm(dtype, weights)
 
 
+PERIODS = (2, 3, 5, 7, 11)
+
+
+def feature_matching() -> Iterator[tuple[str, Arguments]]:
+    """The maps of MultiPeriod's discriminators on three seconds, and one whose addresses are odd."""
+    maps = []
+    for period in PERIODS:
+        rows = -(-3 * 48000 // period)
+        for channels, stride in ((32, 3), (128, 3), (512, 3), (1024, 3), (1024, 3)):
+            rows = -(-rows // stride)
+            maps.append((4, channels, rows, period))
+    for element, dtype in DTYPES.items():
+        for name, sizes in (("disc-period", maps), ("odd", [(3, 5, 7)])):
+            yield f"{name} {element}", tuple([empty(*size, dtype=dtype) for size in sizes] for _ in range(2))
+
+
 @dataclass(frozen=True)
 class Shape:
     """Arguments of an operator, on the device "meta"."""
@@ -332,6 +348,11 @@ def odd_bias_leaky_relu(draw: random.Random, dtype: torch.dtype) -> tuple[str, A
     sizes = tuple(draw.randint(1, draw.choice((3, 40, 1000))) for _ in range(draw.randint(0, 2)))
     last = draw.random() < 0.3
     return f"{batch} × {channels} × {sizes}{' last' * last}", _bias_leaky_relu(dtype, batch, channels, sizes, last)
+
+
+def odd_feature_matching(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
+    sizes = [(draw.randint(1, 4), draw.randint(1, 99), draw.randint(1, 999)) for _ in range(draw.randint(1, 300))]
+    return f"{len(sizes)} maps", tuple([empty(*size, dtype=dtype) for size in sizes] for _ in range(2))
 
 
 def odd_attention(draw: random.Random, dtype: torch.dtype) -> tuple[str, Arguments]:
@@ -443,6 +464,7 @@ OPERATORS: dict[str, tuple[Callable, Callable]] = {  # what yields its standard 
     "spectral_norm": (spectral_norm, odd_spectral_norm),
     "weight_norm": (weight_norm, odd_weight_norm),
     "bias_leaky_relu": (bias_leaky_relu, odd_bias_leaky_relu),
+    "feature_matching": (feature_matching, odd_feature_matching),
     "band_split": (band_split, odd_band_split),
     "band_unsplit": (band_unsplit, odd_band_unsplit),
 }
@@ -466,15 +488,17 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
 def cases_of(shapes: Iterable[Shape], architecture: str) -> Iterator:
     """Every launch at these shapes, as a `launch.CompileCase`; none where the kernels step aside."""
     from fastblocks.kernels.launch import recording
+    from fastblocks.kernels.losses import feature_matching
     from fastblocks.kernels.norms import spectral_norm, weight_norm
     from fastblocks.kernels.operator import all_operators
 
-    operators, norms = all_operators(), {"spectral_norm": spectral_norm, "weight_norm": weight_norm}
+    operators, of_lists = all_operators(), (spectral_norm, weight_norm, feature_matching)
+    of_lists = {module.__name__.rpartition(".")[2]: module for module in of_lists}
     for shape in shapes:
         if not _is_taken(shape, architecture):
             continue
         with recording(architecture, shape.label) as cases, tf32(shape.tf32):
-            (operators | norms)[shape.operator].rehearse(*shape.arguments)
+            (operators | of_lists)[shape.operator].rehearse(*shape.arguments)
         yield from cases
 
 

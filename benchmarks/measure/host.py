@@ -55,6 +55,7 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
     weights = leaves(*[(16, 8, 3)] * 30)
     us, vs = ([normalize(torch.randn(n), dim=0) for _ in weights] for n in (16, 24))
     lengths = leaves(*[(16, 1, 1)] * 30)
+    maps, real = leaves(*[(2, 8, 9)] * 25), [torch.randn(2, 8, 9) for _ in range(25)]
     return {
         "rope_attention, short": (lambda: F.rope_attention(qkv, rope, 2), [qkv]),
         "rope_attention, window, registers": (
@@ -79,6 +80,7 @@ def calls() -> dict[str, tuple[Callable, list[torch.Tensor]]]:
         ),
         "rnn_block": (lambda: F.rnn_block(*rnn), rnn),
         "spectral_norms of 30": (lambda: F.spectral_norms(weights, us, vs), weights),
+        "feature_matching of 25": (lambda: F.feature_matching([real], [maps]), maps),
         "weight_norms of 30": (lambda: F.weight_norms(weights, lengths), [*weights, *lengths]),
     }  # fmt: skip
 

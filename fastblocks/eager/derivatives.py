@@ -46,7 +46,8 @@ def by_formula(
         views = [value.view_as(value) if isinstance(value, Tensor) else value for value in arguments]
         results = formula(*views)
         results = [results] if isinstance(results, Tensor) else results
-        used = [(result, grad) for result, grad in zip(results, grads, strict=False) if grad is not None]
+        pairs = zip(results, grads, strict=False)
+        used = [(result, grad) for result, grad in pairs if grad is not None and result.requires_grad]
         found = torch.autograd.grad(
             [result for result, _ in used],
             [views[i] for i in wanted],

@@ -1,4 +1,4 @@
-"""Mean absolute differences of many pairs of tensors."""
+"""Mean absolute differences of many pairs of feature maps."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,16 @@ import torch
 from torch import Tensor
 
 from fastblocks.eager.derivatives import by_formula, must_trace
+
+
+def feature_matching(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """mean |x − y| of each pair, and mean |y|, float32 or better; ys take no gradient."""
+    return mean_differences(xs, ys), mean_magnitudes(ys)
+
+
+def means_formula(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Both as one tensor (2, pairs), for second derivatives."""
+    return torch.stack((torch.stack(_formula(ys, xs)), mean_magnitudes(ys)))
 
 
 def mean_differences(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -53,7 +63,14 @@ class _MeanDifferences(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *by_formula(lambda *views: _formula(ys, views), xs, grads)
         found: list[Tensor | None] = [None] * n
-        for i, (x, y, grad) in enumerate(zip(xs, ys, grads, strict=True)):
-            if grad is not None and ctx.needs_input_grad[1 + i]:
-                found[i] = (x - y).sign_().mul_((grad / x.numel()).to(x.dtype))
+        wanted = [i for i, grad in enumerate(grads) if grad is not None and ctx.needs_input_grad[1 + i]]
+        if wanted and xs[0].is_cuda:
+            signs = torch._foreach_sub([xs[i] for i in wanted], [ys[i] for i in wanted])
+            torch._foreach_sign_(signs)
+            scales = torch._foreach_div([grads[i] for i in wanted], [xs[i].numel() for i in wanted])
+            for i, sign, scale in zip(wanted, signs, scales, strict=True):
+                found[i] = sign.mul_(scale)
+        else:
+            for i in wanted:
+                found[i] = (xs[i] - ys[i]).sign_().mul_((grads[i] / xs[i].numel()).to(xs[i].dtype))
         return None, *found

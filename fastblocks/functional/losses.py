@@ -6,6 +6,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastblocks import backend
 from fastblocks.eager import losses as eager
 from fastblocks.functional._dispatch import require, require_floating, shape
 
@@ -73,8 +74,18 @@ def feature_matching(
             lambda x=x, y=y: f"feature_matching: maps must not be empty or differ in shape: {shape(y)} and {shape(x)}",
         )
         require_floating("feature_matching", real=y, fake=x)
-    differences = eager.mean_differences(xs, ys)
-    return (differences / (eager.mean_magnitudes(ys) + eps) if relative else differences).mean()
+
+    def unsupported_reason() -> str:
+        from fastblocks.kernels.losses import feature_matching
+
+        return backend.traced_reason() or feature_matching.unsupported_reason(xs, ys)
+
+    if backend.decide("feature_matching", xs[0], unsupported_reason):
+        from fastblocks.kernels.losses.feature_matching import feature_matching as means
+    else:
+        means = eager.feature_matching
+    differences, magnitudes = means(xs, ys)
+    return (differences / (magnitudes + eps) if relative else differences).mean()
 
 
 def _check(name: str, kind: str, *lists: Sequence[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from fastblocks import backend
@@ -72,7 +71,7 @@ def spectral_norms(
     def unsupported_reason() -> str:
         from fastblocks.kernels.norms import spectral_norm
 
-        return _traced() or spectral_norm.unsupported_reason(*arguments)
+        return backend.traced_reason() or spectral_norm.unsupported_reason(*arguments)
 
     if weights and backend.decide("spectral_norm", weights[0], unsupported_reason):
         from fastblocks.kernels.norms import spectral_norm
@@ -107,7 +106,7 @@ def weight_norms(vs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
     def unsupported_reason() -> str:
         from fastblocks.kernels.norms import weight_norm
 
-        return _traced() or weight_norm.unsupported_reason(vs, gs)
+        return backend.traced_reason() or weight_norm.unsupported_reason(vs, gs)
 
     if vs and backend.decide("weight_norm", vs[0], unsupported_reason):
         from fastblocks.kernels.norms import weight_norm
@@ -119,8 +118,3 @@ def weight_norms(vs: Sequence[Tensor], gs: Sequence[Tensor]) -> list[Tensor]:
 def _require_as_many(operation: str, *lists: Sequence[Tensor]) -> None:
     counts = [len(tensors) for tensors in lists]
     require(len(set(counts)) == 1, lambda: f"{operation}: lists of {' and '.join(map(str, counts))} tensors")
-
-
-def _traced() -> str:
-    """Kernels read addresses, which a compiler cannot follow; it fuses the plain formulas."""
-    return "torch.compile traces the plain formula" if torch.compiler.is_compiling() else ""

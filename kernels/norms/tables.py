@@ -154,13 +154,13 @@ def layout_reason(tensors: Sequence[Tensor]) -> str:
     if any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
         return "the call is being traced"
     if not all(tensor.is_contiguous() for tensor in tensors):
-        return "a weight is not contiguous"
+        return "a tensor is not contiguous"
     if odd := {t.dtype for t in tensors} - {torch.float32, torch.bfloat16, torch.float16}:
         return f"no kernel for {', '.join(str(dtype).removeprefix('torch.') for dtype in odd)}"
     if len({tensor.device for tensor in tensors}) > 1 or any(tensor.numel() == 0 for tensor in tensors):
-        return "weights are empty or on several devices"
+        return "tensors are empty or on several devices"
     if max(tensor.numel() for tensor in tensors) >= 2**31:
-        return "a weight has more than 2^31 elements"
+        return "a tensor has more than 2^31 elements"
     return ""
 
 

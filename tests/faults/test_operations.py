@@ -349,6 +349,28 @@ def test_bias_leaky_relu(name, dtype, layout):
     )
 
 
+# ---- feature_matching ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(8, 8200, 16), (7, 9001, 3)], ids=["aligned", "odd"])
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=dtype_name)
+def test_feature_matching(sizes, dtype, monkeypatch):
+    """All maps lie in one allocation, as the weights below, and their gradients in another."""
+    from fastblocks.kernels.losses import feature_matching
+
+    monkeypatch.setattr(feature_matching, "_like", lambda xs: xs[0].new_empty(sum(sizes)).split(sizes))
+    real = torch.randn(sum(sizes)).to("cuda", dtype)
+
+    def operation(fake):
+        return (functional.feature_matching([real.split(sizes)], [fake.split(sizes)]),)
+
+    def reference(fake):
+        pairs = list(zip(fake.split(sizes), real.double().split(sizes), strict=True))
+        return (sum((x - y).abs().mean() / (y.abs().mean() + 1e-5) for x, y in pairs) / len(pairs),)
+
+    check(operation, reference, {"fake": torch.randn(sum(sizes))}, dtype)
+
+
 # ---- band_split, band_unsplit ----------------------------------------------------------------------------------------
 
 # B, T, bins, channels of a bin, channels of a band, ranges

@@ -135,7 +135,15 @@ class Library(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = function.overloadpacket.__name__
-        if not function.is_view and name not in ("empty", "split_with_sizes", "view", "_unsafe_view", "detach"):
+        if not function.is_view and name not in (
+            "empty",
+            "empty_like",
+            "new_empty",
+            "split_with_sizes",
+            "view",
+            "_unsafe_view",
+            "detach",
+        ):
             self.launched.append(name)
         return function(*arguments, **(keywords or {}))
 
