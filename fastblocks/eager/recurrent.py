@@ -189,8 +189,9 @@ def _library(x, weight_ih, weight_hh, bias_ih, bias_hh, *state: Tensor) -> Tenso
     gates = rows // hidden
     given = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     if groups > 1 and (x.is_cpu or groups * hidden > _BLOCK_DIAGONAL_HIDDEN):
-        # time first, in memory of its own: oneDNN takes twice as long on slices
-        by_group = x.unflatten(-1, (groups, -1)).permute(2, 1, 0, 3).contiguous().unbind()
+        # Each group time first, in memory of its own: oneDNN takes up to twice as long on slices. Several small copies:
+        # one of all groups is fresh memory every time (forward, one thread, 8.4 ms instead of 7.5).
+        by_group = [part.contiguous() for part in x.transpose(0, 1).chunk(groups, -1)]
         weights = [w.flatten(0, 1).unbind() for w in given]  # one backward node for all of them
         states = [s.unflatten(-1, (groups, hidden)).unbind(2) for s in state]
         parts = [
@@ -342,7 +343,8 @@ def _walk(step: Callable[..., Tensors], x, weight_ih, weight_hh, bias_ih, bias_h
 
 
 class _CPUGRU(torch.autograd.Function):
-    """Keeps the activations r, z, n, the product U_n h and the states: five times the output."""
+    """Keeps the activations r, z, n and the states: four times the output. The product U_n h is computed again for all
+    steps at once: at B 64, T 100, C 128, G 8 a training step's peak is 36 MB instead of 81 (the library's: 33)."""
 
     @staticmethod
     @torch.amp.custom_fwd(device_type="cpu")
@@ -355,61 +357,67 @@ class _CPUGRU(torch.autograd.Function):
         steps = x.shape[1]
         states = projected.new_empty(steps + 1, directions * groups, x.shape[0], hidden)
         states[0] = _state_to_cells(state, groups)
-        products = torch.empty_like(projected)
-        h, product = states.unbind(), products.unbind()
+        product = torch.empty_like(projected[0])
+        product_gates, product_n = product[..., : 2 * hidden], product[..., 2 * hidden :]
+        h = states.unbind()
         # r, z and n overwrite their projections
         gate, candidate = projected[..., : 2 * hidden].unbind(), projected[..., 2 * hidden :].unbind()
         for t in range(steps):
             if offset is None:
-                torch.bmm(h[t], recurrent, out=product[t])
+                torch.bmm(h[t], recurrent, out=product)
             else:
-                torch.baddbmm(offset, h[t], recurrent, out=product[t])
-            gate[t].add_(product[t][..., : 2 * hidden]).sigmoid_()
-            candidate[t].addcmul_(gate[t][..., :hidden], product[t][..., 2 * hidden :]).tanh_()
+                torch.baddbmm(offset, h[t], recurrent, out=product)
+            gate[t].add_(product_gates).sigmoid_()
+            candidate[t].addcmul_(gate[t][..., :hidden], product_n).tanh_()
             torch.lerp(candidate[t], h[t], gate[t][..., hidden:], out=h[t + 1])
-        ctx.save_for_backward(
-            x, weight_ih, weight_hh, bias_ih, bias_hh, state, projected, products[..., 2 * hidden :], states
-        )
+        ctx.save_for_backward(x, weight_ih, weight_hh, bias_ih, bias_hh, state, projected, states)
         ctx.set_materialize_grads(True)
         return _from_cells(states[1:], directions), _state_from_cells(states[-1], directions)
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx, grad_y, grad_state):
-        *inputs, activations, product_n, states = ctx.saved_tensors
+        *inputs, activations, states = ctx.saved_tensors
         if torch.is_grad_enabled():
             return by_formula(_gru_formula, inputs, (grad_y, grad_state))
-        x, weight_ih, weight_hh, bias_ih, *_ = inputs
-        directions, groups, _, _ = weight_hh.shape
+        x, weight_ih, weight_hh, bias_ih, bias_hh, _ = inputs
+        directions, groups, _, hidden = weight_hh.shape
+        recurrent = weight_hh.flatten(0, 1)  # (cells, 3H, H)
         r, z, n = activations.chunk(3, dim=-1)
         before = states[:-1]
+        product_n = _product(before, recurrent[:, 2 * hidden :].transpose(1, 2))  # U_n h
+        if bias_hh is not None:
+            product_n += bias_hh.flatten(0, 1)[:, None, 2 * hidden :]
         # Every gate's gradient is the state's gradient times a factor that does not depend on it.
-        to_candidate = (1 - z) * (1 - n * n)
-        to_z = (before - n) * z * (1 - z)
-        to_product_n = to_candidate * r
-        to_r = to_product_n * product_n * (1 - r)
-        factors = torch.stack((to_r, to_z, to_product_n), dim=-2).unbind()  # (cells, B, 3, H) a step
-        recurrent = weight_hh.flatten(0, 1)  # (cells, 3H, H)
+        factors = activations.new_empty(*n.shape[:-1], 3, hidden)
+        to_r, to_z, to_product_n = factors.unbind(-2)
+        to_candidate = (1 - n * n).mul_(1 - z)
+        torch.mul(to_candidate, r, out=to_product_n)
+        torch.mul(to_product_n, product_n, out=to_r).mul_(1 - r)
+        torch.sub(before, n, out=to_z).mul_(z).mul_(1 - z)
+        del product_n
         grad_h = _gradient_to_cells(grad_y, directions, groups)
-        grad_products = torch.empty_like(activations)
-        g, gp, keep = grad_h.unbind(), grad_products.unbind(), z.unbind()
+        grad_products = factors.flatten(-2)  # overwrites the factors
+        g, gates, gp, keep = grad_h.unbind(), factors.unbind(), grad_products.unbind(), z.unbind()
         carried = _state_to_cells(grad_state, groups)
         for t in reversed(range(x.shape[1])):
             g[t].add_(carried)
-            torch.mul(factors[t], g[t].unsqueeze(-2), out=gp[t].unflatten(-1, (3, -1)))
+            gates[t].mul_(g[t].unsqueeze(-2))
             carried = torch.baddbmm(g[t] * keep[t], gp[t], recurrent)
-        grad_projected = grad_products.clone()
-        torch.mul(grad_h, to_candidate, out=grad_projected[..., -grad_h.shape[-1] :])
+        grad_weight_hh = _weight_gradient(grad_products, before, weight_hh)
+        grad_bias_hh = _bias_gradient(bias_hh, grad_products)
+        grad_projected = grad_products  # but for the candidate's
+        torch.mul(grad_h, to_candidate, out=grad_projected[..., 2 * hidden :])
+        del grad_h, to_candidate, g
         return (
             _input_gradient(grad_projected, weight_ih),
             _weight_gradient(grad_projected, _to_cells(x, directions, groups), weight_ih),
-            _weight_gradient(grad_products, before, weight_hh),
-            *_bias_gradients(bias_ih, grad_projected, grad_products),
+            grad_weight_hh,
+            _bias_gradient(bias_ih, grad_projected),
+            grad_bias_hh,
             _state_from_cells(carried, directions),
         )
 
 
-def _bias_gradients(bias: Tensor | None, grad_ih: Tensor, grad_hh: Tensor) -> Tensors:
-    if bias is None:
-        return None, None
-    return tuple(grad.sum(dim=(0, 2)).view(bias.shape) for grad in (grad_ih, grad_hh))
+def _bias_gradient(bias: Tensor | None, grad: Tensor) -> Tensor | None:
+    return None if bias is None else grad.sum(dim=(0, 2)).view(bias.shape)
