@@ -180,28 +180,39 @@ class Norm:
 
 
 class _Node(torch.autograd.Function):
-    """One node for all weights of a call. No registered operator: those know tensors, not lists of them."""
+    """One node for all weights of a call. No registered operator: those know tensors, not lists of them.
+
+    Weights that have nothing to do with each other may get their gradients one after the other, each by a backward pass
+    of its own. Saved tensors are gone after the first, so these are attributes, and what autograd would look at, whether
+    somebody has changed them, is looked at here.
+    """
 
     @staticmethod
     def forward(ctx, norm: Norm, arguments: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
         results, table, kept = norm.run(tensors, *arguments)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.kept = norm, table, len(tensors)
+        ctx.kept = norm, table, tensors, kept, _versions(tensors + kept)
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        norm, table, n = ctx.kept
-        saved = ctx.saved_tensors  # once: checkpointing gives each only once
-        tensors, kept = saved[:n], saved[n:]
+        norm, table, tensors, kept, versions = ctx.kept
+        if _versions(tensors + kept) != versions:
+            raise RuntimeError(
+                "a norm's weight, or what it has become, has been modified by an inplace operation between forward and "
+                "backward pass"
+            )
         if all(grad is None for grad in grads):
-            return (None,) * (n + 2)
+            return (None,) * (len(tensors) + 2)
         if torch.is_grad_enabled():  # create_graph=True
             return None, None, *by_formula(lambda *views: norm.formula(views, table, *kept), tensors, grads)
         found = norm.backward(flat(grads, tensors), table, tensors, *kept)
         # none for what nobody used, as from nodes of their own: with zeros an optimizer would decay it
         return None, None, *(None if grads[i % len(grads)] is None else grad for i, grad in enumerate(found))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
 
 
 def apply(norm: Norm, arguments: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -214,18 +214,29 @@ def test_in_one_graph_and_with_tensors_that_hold_nothing(norm, device):
     assert all(p.grad.shape == p.shape for p in fake.parameters())
 
 
-def test_moved_saved_tensors(device):
-    """Hooks that offload saved tensors give them back at another address; those of checkpointing do so once."""
-    tensors, call = weight(torch.float32, device)
-
-    def unpack(packed):
-        return packed.pop().clone()
-
+@every_norm
+def test_gradients_one_after_the_other(make, device):
+    """As from norms one by one, whose graphs have nothing to do with each other."""
+    tensors, call = make(torch.float32, device)
+    leaves = [t.clone().requires_grad_() for t in tensors]
     with use_backend("triton"):
-        want = results_and_gradients(call, tensors)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: [t.clone()], unpack):
-            got = results_and_gradients(call, tensors, want[2])
-    assert all(map(torch.equal, got[1], want[1]))
+        _, want, cotangents = results_and_gradients(call, tensors)
+        results = call(*leaves)
+        for result, cotangent in zip(results, cotangents, strict=False):
+            result.backward(cotangent)
+    assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, want, strict=True))
+
+
+@every_norm
+def test_a_weight_that_was_changed_gives_no_gradient(make, device):
+    tensors, call = make(torch.float32, device)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with use_backend("triton"):
+        results = call(*leaves)
+    with torch.no_grad():
+        leaves[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        results[1].sum().backward()
 
 
 def test_a_buffer_that_kernels_changed_is_seen_by_autograd(device):
