@@ -57,6 +57,8 @@ FLOAT32 = {
 }
 # An LSTM at 4 warps takes 255 registers per thread; a second stage spills and is not faster.
 FLOAT32_BACKWARD_FUSED = {16: config(8, 1, BLOCK_B=16, TRANSPOSED=0, HELD=0)}
+# In TF32 an LSTM of 32 inputs spills 24 bytes a thread there if it starts from a state.
+TF32_BACKWARD_FUSED_LSTM_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)
 
 # Steps per iteration of forward's time loop: 4 share two barriers, a branch and a wait for loads; 8 gain no more.
 # Backward carries gates over iterations and is slower unrolled (predicted: 0.60 instead of 0.55 µs a step at 16 units).
@@ -79,9 +81,12 @@ def time_loop(
     architecture: str,
     state: bool = False,
     padded: bool = False,
+    tf32: bool = False,
 ) -> LaunchConfig:
     """A time loop's configuration; `units`, `inputs`: its tile's; `state`: it starts from a given state; `padded`: a
-    group is smaller than its part of the tile."""
+    group is smaller than its part of the tile; `tf32`: float32's products are rounded to it."""
+    if tf32 and backward and fused and lstm and state and inputs == 32:
+        return TF32_BACKWARD_FUSED_LSTM_STATE
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
     if backward and fused:

@@ -259,13 +259,15 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
-def launch_config(sizes: Sizes, float32: bool, architecture: str, state: bool, backward: bool) -> LaunchConfig:
+def launch_config(
+    sizes: Sizes, float32: bool, architecture: str, state: bool, backward: bool, tf32: bool = False
+) -> LaunchConfig:
     """The time loop's configuration; `state`: it starts from a given state."""
     tile = tile_of(sizes.groups, sizes.inputs, sizes.hidden)
     units, inputs = (tile["PACK"] * tile[block] for block in ("BLOCK_H", "BLOCK_I"))
     padded = tile["BLOCK_H"] != sizes.hidden or tile["BLOCK_I"] != sizes.inputs
     return at_least(
-        table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded)
+        table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded, tf32)
     )
 
 
