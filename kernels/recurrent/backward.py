@@ -270,7 +270,7 @@ def _backward_launch(
     sizes: Sizes, float32: bool, architecture: str, state: bool, activation: str, precision: str
 ) -> tuple[Prepared, int]:
     """And the number of tiles of batch."""
-    config = launch_config(sizes, float32, architecture, state, backward=True)
+    config = launch_config(sizes, float32, architecture, state, backward=True, tf32=precision == "tf32")
     numbers, tiles = numbers_of(sizes), cdiv(sizes.batch, config["BLOCK_B"])
     prepared = Prepared(
         _grouped_rnn_backward_kernel, (sizes.groups // numbers["PACK"] * sizes.directions * tiles,), config,

@@ -50,7 +50,9 @@ def activate(preactivations, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
     gate1 = sigmoid(preactivations[1], ACTIVATION)
     if LSTM:
         return gate0, gate1, tanh(preactivations[2], ACTIVATION), sigmoid(preactivations[3], ACTIVATION)
-    return gate0, gate1, tanh(preactivations[2] + gate0 * preactivations[3], ACTIVATION), preactivations[3]
+    # Not a sum: the compiler would start W_n x from r · (U_n h), a product more on the critical path.
+    new = tanh(tl.fma(gate0, preactivations[3], preactivations[2]), ACTIVATION)
+    return gate0, gate1, new, preactivations[3]
 
 
 @triton.jit

@@ -43,9 +43,10 @@ BACKWARD_FUSED = {
     (32, False): config(4, 2, BLOCK_B=16, TRANSPOSED=0, HELD=0),  # transposed, two warps would duplicate the others
     (32, True): config(4, 2, BLOCK_B=16, TRANSPOSED=0, HELD=0),
 }
-# With 32 inputs one or two warps spill, and four with 16 rows are two waves of programs at the standard size.
-BACKWARD_FUSED_LSTM_32_INPUTS = config(4, 3, BLOCK_B=32, TRANSPOSED=1, HELD=0)
-# A GRU's one warp spills here, too, unless the groups fill their tiles and the architecture is sm_90.
+# With 32 inputs one warp spills, and so do two with 16 rows; where groups do not fill their tiles, two with 32 do.
+BACKWARD_FUSED_LSTM_32_INPUTS = config(2, 3, BLOCK_B=32, TRANSPOSED=1, HELD=0)
+BACKWARD_FUSED_LSTM_32_INPUTS_PADDED = config(4, 3, BLOCK_B=32, TRANSPOSED=1, HELD=0)
+# An LSTM's two warps spill here, too, and a GRU's one unless the groups fill their tiles and the architecture is sm_90.
 BACKWARD_FUSED_32_INPUTS_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)
 # IEEE float32 has no tensor core: the products are FMAs, whose operands are read from shared memory; untransposed they
 # take a third to a quarter of the loads. As many warps as keep the accumulators in registers.
@@ -56,6 +57,18 @@ FLOAT32 = {
 }
 # An LSTM at 4 warps takes 255 registers per thread; a second stage spills and is not faster.
 FLOAT32_BACKWARD_FUSED = {16: config(8, 1, BLOCK_B=16, TRANSPOSED=0, HELD=0)}
+# In TF32 an LSTM of 32 inputs spills 24 bytes a thread there if it starts from a state.
+TF32_BACKWARD_FUSED_LSTM_STATE = config(4, 2, BLOCK_B=32, TRANSPOSED=1, HELD=0)
+
+# Steps per iteration of forward's time loop: 4 share two barriers, a branch and a wait for loads; 8 gain no more.
+# Backward carries gates over iterations and is slower unrolled (predicted: 0.60 instead of 0.55 µs a step at 16 units).
+FORWARD_UNROLL = 4
+
+
+def forward_unroll(units: int, float32: bool, architecture: str) -> int:
+    """Steps per iteration of forward's time loop. float32's products are hundreds of FMAs as it is.
+    If unrolled on sm_80, an LSTM of 64 units spills, and one of 128 needs more shared memory than there is."""
+    return FORWARD_UNROLL if not float32 and (units <= 32 or architecture == "sm_90") else 1
 
 
 def time_loop(
@@ -68,15 +81,20 @@ def time_loop(
     architecture: str,
     state: bool = False,
     padded: bool = False,
+    tf32: bool = False,
 ) -> LaunchConfig:
     """A time loop's configuration; `units`, `inputs`: its tile's; `state`: it starts from a given state; `padded`: a
-    group is smaller than its part of the tile."""
+    group is smaller than its part of the tile; `tf32`: float32's products are rounded to it."""
+    if tf32 and backward and fused and lstm and state and inputs == 32:
+        return TF32_BACKWARD_FUSED_LSTM_STATE
     if float32:
         return (FLOAT32_BACKWARD_FUSED if backward and fused else FLOAT32)[units]
     if backward and fused:
         one_warp = not lstm and (not state or (architecture == "sm_90" and not padded))
         if units == 16 and inputs == 32 and not one_warp:
-            return BACKWARD_FUSED_32_INPUTS_STATE if state else BACKWARD_FUSED_LSTM_32_INPUTS
+            if state:
+                return BACKWARD_FUSED_32_INPUTS_STATE
+            return BACKWARD_FUSED_LSTM_32_INPUTS_PADDED if padded else BACKWARD_FUSED_LSTM_32_INPUTS
         return BACKWARD_FUSED[units, lstm]
     if units == 128 and architecture == "sm_80":
         return SM_80_LSTM_BACKWARD_128 if backward and lstm else SM_80_128

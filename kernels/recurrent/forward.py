@@ -55,14 +55,14 @@ def _grouped_rnn_forward_kernel(
     PACK: tl.constexpr, DIRECTIONS: tl.constexpr, LSTM: tl.constexpr, FUSED: tl.constexpr, KEEP: tl.constexpr,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, HELD: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """grid (tiles of batch · directions · G / PACK,), groups fastest. A tile packs PACK groups of H units, padded to
     BLOCK_H, and I inputs, padded to BLOCK_I.
 
     gates_ptr: (G, B·T, N, H, 4), a unit's four values as one 64-bit word (float32: two). Unless FUSED it holds W x;
     with KEEP it is filled with the gates, in place. cell_ptr: (G, B·T, N, H) or None. STAGES: of the time loop's
-    pipeline.
+    pipeline. UNROLL: steps per iteration of it.
     """
     DTYPE: tl.constexpr = y_ptr.dtype.element_ty
     WORDS: tl.constexpr = 2 if DTYPE == tl.float32 else 1  # 64-bit words per four values
@@ -128,7 +128,7 @@ def _grouped_rnn_forward_kernel(
     preactivations = (s0, s1, s2, s3)
     if EARLY:
         preactivations = state_preactivations(rounded, u, preactivations, LSTM, TRANSPOSED, PRECISION)
-    for s in tl.range(0, length, num_stages=STAGES):
+    for s in tl.range(0, length, num_stages=STAGES, loop_unroll_factor=UNROLL):
         t = (start + s * step).to(tl.int64)
         if FUSED:
             ahead = (start + tl.minimum(s + 1, length - 1) * step).to(tl.int64)
@@ -259,13 +259,15 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     torch.bmm(x.to(weight.dtype).view(-1, groups, inputs).transpose(0, 1), weight, out=out)
 
 
-def launch_config(sizes: Sizes, float32: bool, architecture: str, state: bool, backward: bool) -> LaunchConfig:
+def launch_config(
+    sizes: Sizes, float32: bool, architecture: str, state: bool, backward: bool, tf32: bool = False
+) -> LaunchConfig:
     """The time loop's configuration; `state`: it starts from a given state."""
     tile = tile_of(sizes.groups, sizes.inputs, sizes.hidden)
     units, inputs = (tile["PACK"] * tile[block] for block in ("BLOCK_H", "BLOCK_I"))
     padded = tile["BLOCK_H"] != sizes.hidden or tile["BLOCK_I"] != sizes.inputs
     return at_least(
-        table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded)
+        table.time_loop(units, inputs, sizes.lstm, backward, sizes.fused, float32, architecture, state, padded, tf32)
     )
 
 
@@ -315,10 +317,11 @@ def _forward_launch(
 ) -> Prepared:
     config = launch_config(sizes, float32, architecture, state, backward=False)
     numbers = numbers_of(sizes)
+    units = numbers["PACK"] * numbers["BLOCK_H"]
     return Prepared(
         _grouped_rnn_forward_kernel,
         (sizes.groups // numbers["PACK"] * sizes.directions * cdiv(sizes.batch, config["BLOCK_B"]),), config,
         **numbers,
         KEEP=keep, ACTIVATION=activation, PRECISION=precision,
-        STAGES=config.num_stages,
+        STAGES=config.num_stages, UNROLL=table.forward_unroll(units, float32, architecture),
     )  # fmt: skip

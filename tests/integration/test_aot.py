@@ -41,6 +41,8 @@ def run_python(*arguments):
         ),  # four groups in a tile spilled 3.4 KB a thread
         ("rnn-freq GRU bf16 with a state: grouped_rnn_backward", "90"),  # spilled 32 bytes a thread
         ("rnn-freq LSTM bf16: grouped_rnn_backward", "80"),  # spilled 8 bytes a thread
+        ("rnn-packed LSTM bf16: grouped_rnn_backward", "90"),  # spilled 8 bytes a thread in two warps
+        ("rnn-64 LSTM bf16: grouped_rnn_forward", "80"),  # unrolled, spilled 24 bytes a thread
         ("cnx-1d stride 1 bf16: conv", "80"),  # spilled 8 bytes a thread
         ("rnn-64 LSTM fp32 with a state: recurrent_weight_gradient", "90"),  # spilled 336 bytes a thread
         (
