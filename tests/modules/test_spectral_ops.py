@@ -129,6 +129,21 @@ def test_istft_never_waits_for_a_gpu_and_copies_no_stft():
     assert module.to("meta").istft(sp.to("meta"), 500).shape == (2, 500)
 
 
+def test_stft_is_torchs_and_its_gradient_adds_up_in_a_fixed_order():
+    """Bit by bit, strides included; torch.stft's gradient is an index_add_, which runs on atomics on a GPU."""
+    for n_fft, hop in ((64, 16), (15, 4)):
+        fourier, x = fastblocks.Fourier(n_fft, hop), torch.randn(3, 200, requires_grad=True)
+        got = torch.view_as_complex(fourier.stft(x))
+        want = torch.stft(x, n_fft, hop, window=fourier.window, return_complex=True)
+        assert torch.equal(got, want) and got.stride() == want.stride()
+        grad = torch.randn_like(got)
+        (expected,) = torch.autograd.grad(want, x, grad)
+        with Calls() as calls:
+            (found,) = torch.autograd.grad(got, x, grad)
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert "unfold_backward" in calls.names and "index_add_" not in calls.names, calls.names
+
+
 def test_fourier_empty_batch_and_short_clips():
     module = fastblocks.Fourier(64, 16)
     assert module.stft(torch.zeros(0, 100)).shape == (0, 33, 7, 2)
