@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,11 @@ def make(case, device, layout="contiguous", bias=True, offset=0.0):
     batch, channels, sizes, kernel, stride, transposed, wanted = case
     x = torch.randn(batch, channels, *sizes) + offset
     parameters = [torch.randn(channels, 1, *kernel), *(torch.randn(channels) for _ in range(3))]
+    if channels < 8:
+        # Where all channels of a position come out nearly equal, the normalization divides the convolution's rounding
+        # by next to nothing, and no bound on sums holds, of PyTorch's own result either: with 3 channels and 63 taps
+        # one draw in 30. So they are kept apart.
+        parameters[1] += 3 * math.prod(kernel) ** 0.5 * torch.arange(channels)
     if not bias:
         parameters[1] = None
     keywords = {"stride": stride, "transposed": transposed, "output_size": wanted}
