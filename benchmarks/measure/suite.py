@@ -67,6 +67,7 @@ def refused(workload: Workload, settings: Settings, why: str) -> list[Row]:
         _row(workload, mode, dtype, name, why)
         for dtype in settings.dtypes
         for mode in settings.modes
+        if mode in workload.modes
         for name in settings.of(workload)
     ]
 
@@ -94,7 +95,7 @@ def _measure_dtype(workload: Workload, device: torch.device, dtype: str, setting
             runners[name] = providers.prepare(name, workload, device, dtype, settings.compiler)
         except Exception as problem:
             excuses[name] = reason(problem)
-    for mode in settings.modes:
+    for mode in (mode for mode in settings.modes if mode in workload.modes):
         truth, baseline, ready = _truth(workload, device, dtype, mode), None, {}
         for name in dict.fromkeys((BASELINE, *names)):
             row = _row(workload, mode, dtype, name, truth if isinstance(truth, str) else excuses.get(name, ""))

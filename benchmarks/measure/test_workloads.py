@@ -12,7 +12,7 @@ import torch
 from benchmarks import providers
 from benchmarks.measure import suite
 from benchmarks.providers.runner import tf32
-from benchmarks.workloads import MODES, all_workloads
+from benchmarks.workloads import all_workloads
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
@@ -23,7 +23,7 @@ ROUNDS = 20 if DEVICE.type == "cuda" else 3
 CASES = [
     pytest.param(workload, mode, name, id=f"{workload.name}-{mode}-{name}")
     for workload in WORKLOADS
-    for mode in MODES
+    for mode in workload.modes
     for name in NAMES
     if providers.belongs(name, workload)
 ]

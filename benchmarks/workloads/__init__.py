@@ -18,7 +18,7 @@ FAMILIES = {  # name -> module, and how its workloads' names begin
     "convnext": (convnext, "cnx"),
     "rows": (rows, "rows"),
     "bands": (bands, "band"),
-    "discriminators": (discriminators, "disc"),
+    "discriminators": (discriminators, "disc", "gan"),
     "models": (models, "model"),
 }
 ON_REQUEST = {"adapters": (adapters, "from")}  # needs other packages: only where it is named
@@ -26,7 +26,7 @@ ON_REQUEST = {"adapters": (adapters, "from")}  # needs other packages: only wher
 
 def all_workloads(size: str = "full") -> list[Workload]:
     """The workloads of a size, in the order of the table; names are unique."""
-    return [workload for family, _ in FAMILIES.values() for workload in family.workloads(size)]
+    return [workload for family, *_ in FAMILIES.values() for workload in family.workloads(size)]
 
 
 def select(size: str, names: Sequence[str]) -> list[Workload]:
@@ -38,11 +38,11 @@ def select(size: str, names: Sequence[str]) -> list[Workload]:
     """
     everything, families = all_workloads(size), FAMILIES | ON_REQUEST
     if names:
-        everything += [workload for family, _ in ON_REQUEST.values() for workload in family.workloads(size)]
+        everything += [workload for family, *_ in ON_REQUEST.values() for workload in family.workloads(size)]
 
     def means(name: str, workload: Workload) -> bool:
-        start = families[name][1] if name in families else name
-        return f"{workload.name}-".startswith(f"{start}-")
+        starts = families[name][1:] if name in families else [name]
+        return f"{workload.name}-".startswith(tuple(f"{start}-" for start in starts))
 
     if unknown := [name for name in names if not any(means(name, w) for w in everything)]:
         known = ", ".join(workload.name for workload in everything)

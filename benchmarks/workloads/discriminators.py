@@ -1,6 +1,18 @@
-"""The norms of their weights, what follows a convolution, each discriminator, and all four.
+"""The norms of their weights, what follows a convolution, each discriminator, and GAN steps with each and with all.
 
-A training step is the discriminator's losses and the generator's, both with backward.
+A GAN step (`gan-step-*`) is what a training loop does with its discriminators for one batch, on real and fake audio:
+
+1. the discriminators' loss: real and fake are judged, and backward gives the gradients of all weights;
+2. the generator's loss, adversarial and feature matching: both are judged again, because the weights have changed in
+   between, and backward gives the gradient of the fake audio.
+
+The original runs the stock loop: D(real), D(fake.detach()), backward; then D(real), D(fake), both with a graph, and
+backward, which computes the weights' gradients once more; they are thrown away. Spectral norm makes an iteration in
+each of the four. This package runs `EnsembleDiscriminator`: `pair` judges real and fake in one batch, with one
+iteration, and `generator_step` judges real audio without a graph and fake audio with frozen weights.
+
+All start from weights whose singular vectors have converged, so that one or two iterations give the same numbers.
+Optimizers have no part in the step, and no gradient is added to an older one.
 """
 
 import sys
@@ -13,35 +25,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import original
 from benchmarks.workloads.workload import SAMPLE_RATE, Workload, by, normal, operation
 
 WINDOWS = (2048, 1024, 512)  # samples, of the spectral discriminators
 # of a period of 2 in MultiPeriod's third layer
 MAPS = {"full": (4, 512, 2667, 2), "cpu": (1, 512, 304, 2), "toy": (2, 3, 40, 2)}  # B, C, rows, period
 SHAPES = {"full": (4, 1, 3 * SAMPLE_RATE), "cpu": (1, 1, 16384), "toy": (1, 1, 1200)}  # B, 1, samples
+STEP_SHAPES = SHAPES | {"cpu": (2, 1, 4096)}  # two clips: of one small one PyTorch takes other kernels
+GAP = 3.0  # of a weight's first singular value to the others
+ITERATIONS = 8  # GAP ** -16 is less than a rounding
 
 
 class Critics(nn.Module):
     """A kit's discriminators as one: (B, 1, samples) -> all scores, and a list of feature maps for each score.
 
-    Called with the two clips of `step`, it judges the first; with `generator` it gives what that one's loss needs.
+    With a second clip, it judges both as the module's docstring says: scores of real and of fake audio, or for the
+    generator scores and maps of fake audio, and maps of real audio.
     """
 
     def __init__(self, kit: ModuleType, parts: Sequence[nn.Module]):
         super().__init__()
-        self.ensemble, self.kit = kit.EnsembleDiscriminator(parts), kit.__name__
+        self.ensemble, self.kit, self.stock = kit.EnsembleDiscriminator(parts), kit.__name__, kit is original
+        settle(self)
 
-    def forward(self, clip: Tensor, fake: Tensor | None = None, generator: bool = False) -> tuple[list, ...]:
-        return self.ensemble.generator_step(fake, clip) if generator else self.ensemble(clip)
+    def forward(self, real: Tensor, fake: Tensor | None = None, generator: bool = False) -> tuple[list, ...]:
+        judge = self.ensemble
+        if fake is None:
+            return judge(real)
+        if not self.stock:
+            return judge.generator_step(fake, real) if generator else [side.scores for side in judge.pair(real, fake)]
+        (real_scores, real_maps), (scores, maps) = judge(real), judge(fake)
+        return (scores, maps, real_maps) if generator else (real_scores, scores)
+
+
+@torch.no_grad()
+def settle(module: nn.Module) -> None:
+    """Give each weight under spectral norm one large singular value, and the buffers its vectors."""
+    for conv in (child for child in module.modules() if hasattr(child, "weight_orig")):
+        matrix = conv.weight_orig.flatten(1)
+        u, v = (F.normalize(torch.randn(n), dim=0) for n in matrix.shape)
+        others = matrix.std(correction=0) * (len(u) ** 0.5 + len(v) ** 0.5)  # the largest of a random matrix
+        matrix.addr_(u, v, alpha=float(GAP * others))
+        for _ in range(ITERATIONS):
+            u = F.normalize(matrix @ v, dim=0)
+            v = F.normalize(matrix.T @ u, dim=0)
+        conv.weight_u.copy_(u)
+        conv.weight_v.copy_(v)
 
 
 def step(critic: Callable, clips: Sequence[Tensor]) -> None:
-    """The discriminator's loss on a real and a fake clip, then the generator's on the fake one, both with backward."""
-    (real, fake), functional = clips, sys.modules[critic.kit].functional
-    (real_scores, _), (fake_scores, _) = critic(real), critic(fake.detach())
-    functional.discriminator_loss(real_scores, fake_scores).backward()
+    """A GAN step. Leaves the weights' gradients of the discriminators' loss, and the fake clip's of the generator's."""
+    (real, fake), functional, weights = clips, sys.modules[critic.kit].functional, list(critic.parameters())
+    functional.discriminator_loss(*critic(real, fake.detach())).backward()
+    grads = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None
     scores, maps, real_maps = critic(real, fake, generator=True)
     (functional.adversarial_loss(scores) + functional.feature_matching(real_maps, maps)).backward()
+    for weight, grad in zip(weights, grads, strict=True):
+        weight.grad = grad
 
 
 def norms(size: str) -> list[Workload]:
@@ -103,12 +146,39 @@ def workloads(size: str) -> list[Workload]:
             nch=1, window_sizes=windows, hidden_channels=2 if toy else 8
         ),
     }
-    builds = {name: lambda kit, make=make: Critics(kit, [make(kit)]) for name, make in makers.items()}
-    if size != "cpu":
-        builds["all"] = lambda kit: Critics(kit, [make(kit) for make in makers.values()])
-    shape = SHAPES[size]
-    draw = normal(shape, shape, scale=0.1)
-    return [*norms(size), activation(size)] + [
-        Workload(f"disc-{name}", "discriminator", f"{shape}, real and fake", build, draw, constant=(0,), step=step)
-        for name, build in builds.items()
+    groups = {name: [make] for name, make in makers.items()} | {"all": list(makers.values())}
+
+    def build(name: str) -> Callable[[ModuleType], nn.Module]:
+        return lambda kit: Critics(kit, [make(kit) for make in groups[name]])
+
+    shape, clips = SHAPES[size], STEP_SHAPES[size]
+    judged = [name for name in groups if size != "cpu" or name != "all"]
+    return [
+        *norms(size),
+        activation(size),
+        *(
+            Workload(
+                f"disc-{name}",
+                "discriminator",
+                str(shape),
+                build(name),
+                normal(shape, scale=0.1),
+                constant=(0,),
+                modes=("forward",),
+            )
+            for name in judged
+        ),
+        *(
+            Workload(
+                f"gan-step-{name}",
+                "discriminator",
+                f"{clips}, real and fake",
+                build(name),
+                normal(clips, clips, scale=0.1),
+                constant=(0,),
+                step=step,
+                modes=("training",),
+            )
+            for name in groups
+        ),
     ]

@@ -31,6 +31,7 @@ class Workload:
             with fixed random weights, and the gradients of everything.
         rivals: name of a rival -> what it has to know of the shape.
         banded: attention whose float64 reference must not hold all pairs of tokens.
+        modes: of `workloads.MODES`, those that say something.
         package: whose module `build` imports, beside the kits.
     """
 
@@ -44,6 +45,7 @@ class Workload:
     step: "Callable[[Callable, Sequence[Any]], None] | None" = None
     rivals: dict[str, dict[str, Any]] = field(default_factory=dict)
     banded: bool = False
+    modes: tuple[str, ...] = ("forward", "backward", "training")
     package: str = ""
 
     @property

@@ -50,7 +50,7 @@ class FrequencyDiscriminator(SpectrumDiscriminator):
             conv = Conv2d(width, out, kernel, stride, same_padding(kernel, dilation), dilation)
             self.layers.append(ConvLayer(conv, norm))
             width = out
-        self.output_conv = nn.Conv2d(width, 1, (3, 3), padding=(1, 1))
+        self.output_conv = Conv2d(width, 1, (3, 3), padding=(1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         spectrum = self.spectrum(shared(("unit energy",), x, lambda: _of_unit_energy(x)))

@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm as TorchWeightNorm
 
 from fastblocks import backend, functional
 from fastblocks.eager import convolution
+from fastblocks.eager.weights import MAX_SHARED
 from fastblocks.spectral_ops import short_time_spectrum
 
 SLOPE = 0.2  # of every LeakyReLU
@@ -48,21 +49,24 @@ _KEYS_OF_SPECTRAL_NORM = {"original": "orig", "0._u": "u", "0._v": "v"}
 _KEYS_OF_WEIGHT_NORM = {"original0": "g", "original1": "v"}
 
 
-class Conv1d(_DerivedWeight, nn.Conv1d):
-    def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
-        return self._conv_forward(input, self.weight, self.bias if with_bias else None)
-
-
-class Conv2d(_DerivedWeight, nn.Conv2d):
+class _Conv(_DerivedWeight):
     def forward(self, input: Tensor, with_bias: bool = True) -> Tensor:
         return self._conv_forward(input, self.weight, self.bias if with_bias else None)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        other = self.kernel_size[1], self.stride[1], self.padding[1], self.dilation, self.groups, self.padding_mode
-        along_time = other == (1, 1, 0, (1, 1), 1, "zeros")
-        if along_time and convolution.is_quicker(input, weight, self.stride[0], self.padding[0]):
-            return convolution.convolve(input, weight, bias, self.stride[0], self.padding[0])
+        if self.groups == 1 and self.padding_mode == "zeros":
+            convolve = convolution.quicker(input, weight, self.stride, self.padding, self.dilation)
+            if convolve is not None:
+                return convolve(input, weight, bias)
         return super()._conv_forward(input, weight, bias)
+
+
+class Conv1d(_Conv, nn.Conv1d):
+    pass
+
+
+class Conv2d(_Conv, nn.Conv2d):
+    pass
 
 
 class SpectralNorm(TorchSpectralNorm):
@@ -74,10 +78,12 @@ class SpectralNorm(TorchSpectralNorm):
             return super().compute_weight(module, do_power_iteration)
         return self.compute_weights([module], self.n_power_iterations if do_power_iteration else 0, self.eps)[0]
 
-    def group(self, module: nn.Module) -> tuple:
-        """Modules of one group are computed together: what `compute_weights` takes, and dtype and device."""
-        weight, iterations = getattr(module, f"{self.name}_orig"), self.n_power_iterations if module.training else 0
-        return (iterations, self.eps), weight.dtype, weight.device
+    def source(self, module: nn.Module) -> Tensor:
+        return getattr(module, f"{self.name}_orig")
+
+    def arguments(self, module: nn.Module) -> tuple:
+        """What `compute_weights` takes; modules with the same are computed together."""
+        return self.n_power_iterations if module.training else 0, self.eps
 
     def compute_weights(self, modules: list[nn.Module], iterations: int, eps: float) -> list[Tensor]:
         weights, us, vs = ([getattr(m, f"{self.name}_{part}") for m in modules] for part in ("orig", "u", "v"))
@@ -94,9 +100,11 @@ class WeightNorm(TorchWeightNorm):
     def compute_weight(self, module: nn.Module) -> Tensor:
         return self.compute_weights([module])[0] if self.dim == 0 else super().compute_weight(module)
 
-    def group(self, module: nn.Module) -> tuple:
-        weight = getattr(module, f"{self.name}_v")
-        return (), weight.dtype, weight.device
+    def source(self, module: nn.Module) -> Tensor:
+        return getattr(module, f"{self.name}_v")
+
+    def arguments(self, module: nn.Module) -> tuple:
+        return ()
 
     def compute_weights(self, modules: list[nn.Module]) -> list[Tensor]:
         return functional.weight_norms(*([getattr(m, f"{self.name}_{part}") for m in modules] for part in "vg"))
@@ -145,8 +153,8 @@ def prepared_weights(module: nn.Module) -> AbstractContextManager:
     computed together, in three launches instead of twelve a convolution. One that runs again computes its own, as it
     would have.
 
-    Not under `torch.compile`, which sees the formulas of each convolution; not on a CPU, where weights that are made
-    one by one reuse memory: pages that are touched first take ten times as long as the division.
+    Not under `torch.compile`, which sees the formulas of each convolution. On a CPU only small ones: large weights that
+    are made one by one reuse memory, and pages that are touched first take ten times as long as the division.
     """
     return nullcontext() if torch.compiler.is_compiling() else _prepared(module)
 
@@ -157,8 +165,9 @@ def _prepared(module: nn.Module) -> Iterator[None]:
     for conv in module.modules():
         hooks = [hook for hook in conv._forward_pre_hooks.values() if type(hook) in (SpectralNorm, WeightNorm)]
         if len(hooks) == 1 and hooks[0].name == "weight" and hooks[0].dim == 0 and _PREPARED not in conv.__dict__:
-            key = type(hooks[0]), *hooks[0].group(conv)
-            if key[-1].type != "cpu" or backend.selected() == "triton":
+            source = hooks[0].source(conv)
+            if source.device.type != "cpu" or backend.selected() == "triton" or source.numel() <= MAX_SHARED:
+                key = type(hooks[0]), hooks[0].arguments(conv), source.dtype, source.device
                 groups.setdefault(key, (hooks[0], []))[1].append(conv)
     try:
         for (_, arguments, *_), (hook, convs) in groups.items():

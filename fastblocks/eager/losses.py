@@ -29,8 +29,11 @@ def mean_differences(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 def mean_magnitudes(xs: Sequence[Tensor]) -> Tensor:
     """mean |x| of each, without a gradient."""
     with torch.no_grad():
-        norms = torch._foreach_norm([x.detach() for x in xs], 1, _wide(xs[0])) if xs[0].is_cuda else None
-        norms = norms or [torch.linalg.vector_norm(x, 1, dtype=_wide(x)) for x in xs]
+        if xs[0].is_cuda:
+            norms = torch._foreach_norm([x.detach() for x in xs], 1, _wide(xs[0]))
+        else:
+            # a quarter of the time of vector_norm(x, 1), which a CPU does not vectorize
+            norms = [x.abs().sum(dtype=_wide(x)) for x in xs]
         return torch.stack([norm / x.numel() for norm, x in zip(norms, xs, strict=True)])
 
 
@@ -53,7 +56,7 @@ class _MeanDifferences(torch.autograd.Function):
         if xs[0].is_cuda:
             norms = torch._foreach_norm(torch._foreach_sub(list(xs), list(ys)), 1, _wide(xs[0]))
         else:
-            norms = [torch.linalg.vector_norm(x - y, 1, dtype=_wide(x)) for x, y in zip(xs, ys, strict=True)]
+            norms = [(x - y).abs_().sum(dtype=_wide(x)) for x, y in zip(xs, ys, strict=True)]
         return tuple(norm / x.numel() for norm, x in zip(norms, xs, strict=True))
 
     @staticmethod

@@ -183,8 +183,8 @@ class _Node(torch.autograd.Function):
     """One node for all weights of a call. No registered operator: those know tensors, not lists of them.
 
     Weights that have nothing to do with each other may get their gradients one after the other, each by a backward pass
-    of its own. Saved tensors are gone after the first, so these are attributes, and what autograd would look at, whether
-    somebody has changed them, is looked at here.
+    of its own. Saved tensors are gone after the first, so these are attributes; that nobody has changed them, which
+    autograd would look at, is looked at here.
     """
 
     @staticmethod

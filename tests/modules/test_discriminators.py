@@ -116,53 +116,81 @@ def test_in_float64(case, training):
     check(module, partial(case.reference, training=training), case.clip().double(), terms=1)
 
 
-@pytest.mark.parametrize(
-    "batch, length, kernel, stride, padding, bias",
-    [
-        (1, 13, 5, 3, 2, True),
-        (2, 11, 5, 3, 2, False),
-        (2, 6, 3, 1, 1, True),
-        (1, 2, 5, 3, 2, True),
-        (1, 10, 2, 4, 0, True),
-    ],
-)
-def test_convolution_as_a_product(batch, length, kernel, stride, padding, bias):
-    x = torch.randn(batch, 3, length, 2, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 3, kernel, 1, dtype=torch.float64, requires_grad=True)
-    leaves = [x, weight] + [torch.randn(4, dtype=torch.float64, requires_grad=True)] * bias
+# function of eager.convolution, x, weight, stride, padding, bias
+PRODUCTS = [
+    ("_AlongTime", (1, 3, 13, 2), (4, 3, 5, 1), (3, 1), (2, 0), True),
+    ("_AlongTime", (2, 3, 11, 2), (4, 3, 5, 1), (3, 1), (2, 0), False),
+    ("_AlongTime", (2, 3, 6), (4, 3, 3), (1,), (1,), True),
+    ("_AlongTime", (1, 3, 2, 1), (4, 3, 5, 1), (3, 1), (2, 0), True),  # one position
+    ("_AlongTime", (1, 3, 10, 2), (4, 3, 2, 1), (4, 1), (0, 0), True),
+    ("_ToOneChannel", (2, 4, 5, 6), (1, 4, 3, 3), (1, 1), (1, 1), True),
+    ("_ToOneChannel", (1, 4, 5, 6), (1, 4, 3, 2), (1, 1), (0, 1), False),
+    ("_ToOneChannel", (2, 4, 7), (1, 4, 3), (1,), (1,), True),
+    ("_ToOneChannel", (2, 4, 7), (1, 4, 1), (1,), (0,), False),
+    ("_OfFewChannels", (3, 2, 5, 9), (4, 2, 3, 5), (1, 2), (1, 2), True),
+    ("_OfFewChannels", (2, 1, 11, 2), (4, 1, 5, 1), (3, 1), (2, 0), False),
+    ("_OfFewChannels", (2, 1, 12), (4, 1, 5), (3,), (0,), True),
+]
+
+
+@pytest.mark.parametrize("function, size, kernel, stride, padding, bias", PRODUCTS)
+def test_convolution_as_a_product(function, size, kernel, stride, padding, bias, monkeypatch):
+    """The library's numbers and gradients, twice differentiable; what is frozen gets none, and others stay the same."""
+    monkeypatch.setattr(convolution, "MAX_COLUMNS", 1)  # clip by clip
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in (size, kernel, kernel[:1])]
+    leaves = leaves if bias else leaves[:2]
 
     def ours(x, weight, bias=None):
-        return convolution.convolve(x, weight, bias, stride, padding)
+        return getattr(convolution, function).apply(x, weight, bias, stride, padding)
 
     def library(x, weight, bias=None):
-        return torch.nn.functional.conv2d(x, weight, bias, (stride, 1), (padding, 0))
+        conv = torch.nn.functional.conv1d if x.dim() == 3 else torch.nn.functional.conv2d
+        return conv(x, weight, bias, stride, padding)
 
     got, want = ours(*leaves), library(*leaves)
     grad = torch.randn_like(want)
-    pairs = zip(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, leaves, grad), strict=True)
-    for one, other in [(got, want), *pairs]:
-        assert one.is_contiguous() or one.shape == x.shape
+    grads = torch.autograd.grad(want, leaves, grad)
+    assert got.is_contiguous() and got.stride() == want.stride()
+    for one, other in [(got, want), *zip(torch.autograd.grad(got, leaves, grad), grads, strict=True)]:
         assert relative_error(one, other) < EXACT
     assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True)
-    (alone,) = torch.autograd.grad(ours(*(leaf.detach() for leaf in leaves[:1]), *leaves[1:]), weight, grad)
-    assert relative_error(alone, torch.autograd.grad(library(*leaves), weight, grad)[0]) < EXACT
+    for kept in range(len(leaves)):
+        (alone,) = torch.autograd.grad(
+            ours(*(leaf if i == kept else leaf.detach() for i, leaf in enumerate(leaves))).mul_(2), leaves[kept], grad
+        )
+        assert relative_error(alone, 2 * grads[kept]) < EXACT
 
 
 def test_which_convolutions_are_products(monkeypatch):
-    """The wide ones of a few positions, along time alone; not what is traced, nor under autocast, nor in 16 bits."""
-    taken, product = [], convolution.convolve
-    monkeypatch.setattr(convolution, "convolve", lambda *a: taken.append(tuple(a[1].shape)) or product(*a))
+    """The wide ones of a few positions, along time alone; those to one channel; the gradient of a few channels, where
+    oneDNN would make it. Not what is traced, nor under autocast."""
+    taken = []
+
+    def spied(name, apply, *arguments):
+        taken.append((name, tuple(arguments[1].shape)))
+        return apply(*arguments)
+
+    for name in ("_AlongTime", "_ToOneChannel", "_OfFewChannels"):
+        monkeypatch.setattr(getattr(convolution, name), "apply", partial(spied, name, getattr(convolution, name).apply))
     module, clip = MultiPeriod(periods=[2, 11], norm=False).eval(), torch.randn(1, 1, 16384)
-    wide = (1024, 512, 5, 1), (1024, 1024, 5, 1)
+    wide = [("_AlongTime", (1024, 512, 5, 1)), ("_AlongTime", (1024, 1024, 5, 1))]
+    first, last = ("_OfFewChannels", (32, 1, 5, 1)), ("_ToOneChannel", (1, 1024, 3, 1))
     got = module(clip)
-    assert taken == [*wide, wide[1]]  # of period 11 the last but one has 209 positions
+    assert taken == [*wide, last, wide[1], last]  # of period 11 the last but one has 209 positions
     taken.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         module(clip[..., :2000])
     torch.func.vmap(lambda one: module(one[None])[0][0])(clip[..., :2000])
-    module(clip.expand(64, -1, -1)[..., :9000])
     assert not taken
-    monkeypatch.setattr(convolution, "MIN_WEIGHT", 1 << 40)
+    module(clip.expand(64, -1, -1)[..., :9000])
+    assert taken == [last, last]
+    taken.clear()
+    module(clip[..., :40].expand(2, -1, -1).requires_grad_())
+    assert taken == [first, *wide, last] * 2
+    taken.clear()
+    module(clip[..., :40].clone().requires_grad_())
+    assert taken == [*wide, last] * 2  # one short clip
+    monkeypatch.setattr(convolution, "quicker", lambda *_: None)
     for one, other in zip(tensors(got), tensors(module(clip)), strict=True):
         assert_close(one, other, 5120)
 
@@ -262,9 +290,10 @@ def test_spectral_norm_checks_its_arguments(shapes, iterations, message):
 
 
 def test_explain_sees_every_operation():
-    module = MultiFrequency(1, [32], hidden_channels=2)
+    """The small weights' norms in one call, others by themselves: the last is (256, 128, 3, 3)."""
+    module = MultiFrequency(1, [32], hidden_channels=8)
     activations, norms = sorted(fastblocks.explain(module, torch.randn(1, 1, 100)).splitlines())
-    assert norms.startswith("spectral_norm: ") and norms.endswith("× 6")
+    assert norms.startswith("spectral_norm: ") and norms.endswith("× 4")
     assert activations.startswith("bias_leaky_relu: ") and activations.endswith("× 6")
 
 
