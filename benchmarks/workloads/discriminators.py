@@ -66,7 +66,7 @@ def settle(module: nn.Module) -> None:
         matrix = conv.weight_orig.flatten(1)
         u, v = (F.normalize(torch.randn(n), dim=0) for n in matrix.shape)
         others = matrix.std(correction=0) * (len(u) ** 0.5 + len(v) ** 0.5)  # the largest of a random matrix
-        matrix.addr_(u, v, alpha=float(GAP * others))
+        matrix += GAP * others * torch.outer(u, v)
         for _ in range(ITERATIONS):
             u = F.normalize(matrix @ v, dim=0)
             v = F.normalize(matrix.T @ u, dim=0)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fastblocks.eager import losses as eager
 from fastblocks.eager.derivatives import by_formula
-from fastblocks.kernels.launch import config, launch
+from fastblocks.kernels.launch import launch
+from fastblocks.kernels.losses import config
 from fastblocks.kernels.norms.tables import FIELDS, layer_of, layout_reason, sum_between
 from fastblocks.kernels.numerics import round_to
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
@@ -30,9 +31,6 @@ from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 __all__ = ["feature_matching", "rehearse", "unsupported_reason"]
 
 TILE_FIELD = tl.constexpr(10)
-TILE = 8192  # elements of a program, which also looks for its map among all
-MAPS = config(4, BLOCK=2048, TILE=TILE)  # 16 elements per thread and tensor
-GATHER = config(4, BLOCK=1024)
 
 
 @triton.jit
@@ -113,7 +111,7 @@ def _table(offsets: tuple[int, ...], sizes: tuple[int, ...], device: torch.devic
     n, tile, lines = len(sizes), 0, []
     for i, size in enumerate(sizes):
         lines.append([*(offsets[j * n + i] for j in range(3)), size, 0, 0, 0, 0, 0, 0, tile])
-        tile += cdiv(size, TILE)
+        tile += cdiv(size, config.TILE)
     lines.append([0] * (FIELDS.value - 1) + [tile])
     rows = torch.tensor(lines, dtype=torch.int64, pin_memory=torch.cuda.is_initialized())
     return rows.to(device, non_blocking=True), tile
@@ -138,9 +136,11 @@ def run(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Both means of each pair, (2, maps)."""
     known, tiles = _launches(xs, ys, xs)
     partial, means = (xs[0].new_empty((2, n), dtype=torch.float32) for n in (tiles, len(xs)))
-    launch(_feature_matching_forward_kernel, (tiles,), MAPS, like=partial, partial_ptr=partial, tiles=tiles, **known)
     launch(
-        _feature_matching_gather_kernel, (2 * len(xs),), GATHER, like=partial,
+        _feature_matching_forward_kernel, (tiles,), config.MAPS, like=partial, partial_ptr=partial, tiles=tiles, **known
+    )
+    launch(
+        _feature_matching_gather_kernel, (2 * len(xs),), config.GATHER, like=partial,
         table_ptr=known["table_ptr"], partial_ptr=partial, means_ptr=means, layers=len(xs), tiles=tiles,
     )  # fmt: skip
     return means
@@ -156,7 +156,7 @@ def backward(grad_means: Tensor, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> 
     grads = _like(xs)
     known, tiles = _launches(xs, ys, grads)
     launch(
-        _feature_matching_backward_kernel, (tiles,), MAPS, like=grad_means,
+        _feature_matching_backward_kernel, (tiles,), config.MAPS, like=grad_means,
         grad_means_ptr=grad_means, grad_x_ptr=grads[0], **known,
     )  # fmt: skip
     return grads
