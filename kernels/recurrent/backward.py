@@ -239,7 +239,7 @@ def _grouped_rnn_backward_kernel(
         if RECOMPUTE:
             preactivations = input_preactivations(x_ahead, w, SHAPE, LSTM, TRANSPOSED, PRECISION)
             preactivations = state_preactivations(h_before, u, preactivations, LSTM, TRANSPOSED, PRECISION)
-            g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
+            g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION, False)
             h_prev = h_before
             x = x_ahead
 

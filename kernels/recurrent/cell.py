@@ -44,15 +44,20 @@ def sigmoid(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activate(preactivations, LSTM: tl.constexpr, ACTIVATION: tl.constexpr):
-    """From a step's four preactivations to what is kept: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM."""
+def activate(preactivations, LSTM: tl.constexpr, ACTIVATION: tl.constexpr, IN_CHAIN: tl.constexpr):
+    """From a step's four preactivations to what is kept: r, z, n, U_n h + c_n of a GRU; i, f, g, o of an LSTM.
+
+    IN_CHAIN: the next step waits for it, as in forward.
+    """
     gate0 = sigmoid(preactivations[0], ACTIVATION)
     gate1 = sigmoid(preactivations[1], ACTIVATION)
     if LSTM:
         return gate0, gate1, tanh(preactivations[2], ACTIVATION), sigmoid(preactivations[3], ACTIVATION)
-    # Not a sum: the compiler would start W_n x from r · (U_n h), a product more on the critical path.
-    new = tanh(tl.fma(gate0, preactivations[3], preactivations[2]), ACTIVATION)
-    return gate0, gate1, new, preactivations[3]
+    if IN_CHAIN:  # not a sum: the compiler would start W_n x from r · (U_n h), a product more from state to state
+        new = tl.fma(gate0, preactivations[3], preactivations[2])
+    else:
+        new = preactivations[2] + gate0 * preactivations[3]
+    return gate0, gate1, tanh(new, ACTIVATION), preactivations[3]
 
 
 @triton.jit

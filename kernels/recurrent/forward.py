@@ -144,7 +144,7 @@ def _grouped_rnn_forward_kernel(
             )
         if not EARLY:
             preactivations = state_preactivations(rounded, u, preactivations, LSTM, TRANSPOSED, PRECISION)
-        g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION)
+        g0, g1, g2, g3 = activate(preactivations, LSTM, ACTIVATION, True)
         if LSTM:
             c = g1 * c + g0 * g2
             h = g3 * tanh(c, ACTIVATION)
