@@ -77,6 +77,11 @@ def _too_old(name: str) -> str:
     return ""
 
 
+def is_capturing() -> bool:
+    """Whether the current stream's launches go into a CUDA graph; False without CUDA, too."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def allows_tf32() -> bool:
     """Whether float32 products may round their operands to TF32.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastblocks.kernels import runtime
 from fastblocks.kernels.bands import config
 
 # A block of lanes ends before one more band would begin. Where bands are narrow, a block of 64 lanes would have 12 of
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
 @lru_cache(maxsize=256)
 def plan(ranges: tuple[int, ...], bins: int, channels: int, sizes: tuple[int, int, int], device: torch.device) -> Plan:
     """The tables of bands with bins [ranges[2k], ranges[2k + 1]); sizes: lanes of a piece, a block and a tile."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if runtime.is_capturing():
         raise RuntimeError(
             "band_split and band_unsplit copy tables of their ranges to the device at a shape's first call, which a "
             f"CUDA graph cannot capture: call it once before capturing; {bins} bins, {channels} channels, {device}"

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastblocks.eager import losses as eager
 from fastblocks.eager.derivatives import by_formula
+from fastblocks.kernels import runtime
 from fastblocks.kernels.launch import launch
 from fastblocks.kernels.losses import config
 from fastblocks.kernels.norms.tables import FIELDS, layer_of, layout_reason, sum_between
@@ -188,7 +189,7 @@ def unsupported_reason(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> str:
     for tensors in (xs, ys):
         if len({tensor.dtype for tensor in tensors}) > 1:
             return "the maps are of several dtypes"
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if runtime.is_capturing():
         return "a CUDA graph is being captured, whose memory no table has seen yet"
     return layout_reason([*xs, *ys])
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastblocks.eager.derivatives import by_formula
+from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
 __all__ = [
@@ -81,7 +82,7 @@ def table_of(weights: Sequence[Tensor], first: Sequence[Tensor], second: Sequenc
         for tensor in tensors
     )
     table = _table(offsets, tuple(tuple(weight.shape) for weight in weights), weights[0].device)
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if runtime.is_capturing():
         _in_graphs[id(table)] = table
     return table
 
