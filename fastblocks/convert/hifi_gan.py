@@ -5,8 +5,7 @@ Their strides, slopes and outputs are not those of fastblocks' discriminators. A
 gain: nearly all of the time is PyTorch's convolutions (LeakyReLU in place: 0.99 × in training, 4 % less
 memory, for a period discriminator on a CPU). Nor have all weight norms in one launch: PyTorch's own is one kernel
 a convolution, and one backward. Of 26 weights one costs the host 2.6 µs and a launch forward, 19 µs and two launches
-with its backward pass; in `functional.weight_norms` 8 and 30 µs. That would also put all weights into one node of the
-graph, so that the losses of two bands could no longer go backward one after the other.
+with its backward pass; in `functional.weight_norms` 8 and 30 µs.
 """
 
 from torch import nn

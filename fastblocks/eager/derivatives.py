@@ -61,6 +61,26 @@ def by_formula(
     return tuple(gradients)
 
 
+def keep(ctx, *tensors: Tensor) -> None:
+    """What `ctx.save_for_backward` does, for one node of results that have nothing to do with each other: they may get
+    their gradients one after the other, and saved tensors are gone after the first backward pass."""
+    ctx.kept_tensors, ctx.kept_versions = tensors, [tensor._version for tensor in tensors]
+
+
+def kept(ctx) -> tuple[Tensor, ...]:
+    """What `keep` kept.
+
+    Raises:
+        RuntimeError: if somebody has changed one of them meanwhile, as autograd has it of saved tensors.
+    """
+    if [tensor._version for tensor in ctx.kept_tensors] != ctx.kept_versions:
+        raise RuntimeError(
+            "a norm's weight, or what it has become, has been modified by an inplace operation between forward and "
+            "backward pass"
+        )
+    return ctx.kept_tensors
+
+
 def twice_differentiable(
     library: Callable[..., Tensor | tuple[Tensor, ...]],
     formula: Callable[..., Tensor | tuple[Tensor, ...]],

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastblocks.eager.derivatives import by_formula, must_trace
+from fastblocks.eager.derivatives import by_formula, keep, kept, must_trace
 
 # Numbers of a weight up to which those of one shape are computed together. Milliseconds of one thread, one by one /
 # together, forward: 15 of (32, 2, 3, 9) 0.53 / 0.17, 15 of (32, 32, 3, 9) 0.67 / 0.34, 3 of (64, 32, 3, 9) 0.17 / 0.18.
@@ -108,19 +108,28 @@ class _DivideBySingularValues(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, normed: Tensor, u: Tensor, v: Tensor, sigma: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(normed, u, v, sigma, *weights)
+        keep(ctx, normed, u, v, sigma, *weights)
+        ctx.set_materialize_grads(False)
         return normed.view(-1, *weights[0].shape).unbind()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        normed, u, v, sigma, *weights = ctx.saved_tensors
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        normed, u, v, sigma, *weights = kept(ctx)
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        found: list[Tensor | None] = [None] * len(weights)  # none for what nobody used, as from nodes of their own
+        if not used:
+            return None, None, None, None, *found
         if torch.is_grad_enabled():
             formula = lambda *weights: list(map(_formula, weights, u[:, 0], v[:, 0]))  # noqa: E731
             return None, None, None, None, *by_formula(formula, weights, grads)
-        grad = torch.stack(grads).flatten(2)
+        if len(used) < len(weights):
+            normed, u, v, sigma = (tensor[used] for tensor in (normed, u, v, sigma))
+        grad = torch.stack([grads[i] for i in used]).flatten(2)
         along = (grad * normed).sum((1, 2), keepdim=True)
         grad = torch.baddbmm(grad, u.mT * -along, v).div_(sigma)
-        return None, None, None, None, *grad.view(-1, *weights[0].shape).unbind()
+        for i, part in zip(used, grad.view(-1, *weights[0].shape).unbind(), strict=True):
+            found[i] = part
+        return None, None, None, None, *found
 
 
 def weight_norm(v: Tensor, g: Tensor) -> Tensor:

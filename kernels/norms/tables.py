@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from fastblocks.eager.derivatives import by_formula
+from fastblocks.eager.derivatives import by_formula, keep, kept
 from fastblocks.kernels import runtime
 from fastblocks.kernels.runtime import cdiv, power_of_two, tl, triton
 
@@ -181,39 +181,27 @@ class Norm:
 
 
 class _Node(torch.autograd.Function):
-    """One node for all weights of a call. No registered operator: those know tensors, not lists of them.
-
-    Weights that have nothing to do with each other may get their gradients one after the other, each by a backward pass
-    of its own. Saved tensors are gone after the first, so these are attributes; that nobody has changed them, which
-    autograd would look at, is looked at here.
-    """
+    """One node for all weights of a call. No registered operator: those know tensors, not lists of them."""
 
     @staticmethod
     def forward(ctx, norm: Norm, arguments: tuple, *tensors: Tensor) -> tuple[Tensor, ...]:
-        results, table, kept = norm.run(tensors, *arguments)
-        ctx.kept = norm, table, tensors, kept, _versions(tensors + kept)
+        results, table, others = norm.run(tensors, *arguments)
+        keep(ctx, *tensors, *others)
+        ctx.call = norm, table, len(tensors)
         ctx.set_materialize_grads(False)
         return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        norm, table, tensors, kept, versions = ctx.kept
-        if _versions(tensors + kept) != versions:
-            raise RuntimeError(
-                "a norm's weight, or what it has become, has been modified by an inplace operation between forward and "
-                "backward pass"
-            )
+        norm, table, n = ctx.call
+        tensors, others = kept(ctx)[:n], kept(ctx)[n:]
         if all(grad is None for grad in grads):
-            return (None,) * (len(tensors) + 2)
+            return (None,) * (n + 2)
         if torch.is_grad_enabled():  # create_graph=True
-            return None, None, *by_formula(lambda *views: norm.formula(views, table, *kept), tensors, grads)
-        found = norm.backward(flat(grads, tensors), table, tensors, *kept)
+            return None, None, *by_formula(lambda *views: norm.formula(views, table, *others), tensors, grads)
+        found = norm.backward(flat(grads, tensors), table, tensors, *others)
         # none for what nobody used, as from nodes of their own: with zeros an optimizer would decay it
         return None, None, *(None if grads[i % len(grads)] is None else grad for i, grad in enumerate(found))
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [tensor._version for tensor in tensors]
 
 
 def apply(norm: Norm, arguments: tuple, tensors: Sequence[Tensor]) -> list[Tensor]:

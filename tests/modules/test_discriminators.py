@@ -297,6 +297,25 @@ def test_explain_sees_every_operation():
     assert activations.startswith("bias_leaky_relu: ") and activations.endswith("× 6")
 
 
+@every_case
+@pytest.mark.parametrize("norm", ["spectral", "weight"])
+def test_scores_go_backward_one_after_the_other(case, norm):
+    """As with norms one by one: parts that have nothing to do with a score get no gradient, instead of zeros, and each
+    score has a backward pass of its own."""
+    module, clip = case.module(norm=norm).double(), case.clip().double()
+    module.eval()  # so that both calls see the same singular vectors
+    parameters = list(module.parameters())
+    want = torch.autograd.grad(sum(score.sum() for score in module(clip)[0]), parameters)
+    first, *others = module(clip)[0]
+    first.sum().backward()
+    own = {id(parameter) for parameter in module.discriminators[0].parameters()}
+    assert all((parameter.grad is not None) == (id(parameter) in own) for parameter in parameters)
+    for score in others:
+        score.sum().backward()
+    for parameter, exact in zip(parameters, want, strict=True):
+        assert relative_error(parameter.grad, exact) < EXACT
+
+
 @pytest.mark.parametrize("norm", ["spectral", "weight"])
 def test_keys_of_torchs_older_and_newer_norms(norm):
     """What HiFi-GAN's, DAC's and newer checkpoints have is loaded, and the numbers are torch's; a state that is saved
