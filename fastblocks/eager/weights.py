@@ -70,7 +70,7 @@ def spectral_norms(
     alike: dict[object, list[int]] = {}
     for i, weight in enumerate(weights):
         small = weight.numel() <= MAX_SHARED and not must_trace()
-        alike.setdefault((weight.shape, weight.dtype, us[i].dtype) if small else i, []).append(i)
+        alike.setdefault((weight.shape, weight.dtype, us[i].dtype, weight.device) if small else i, []).append(i)
     normed = list(weights)
     for key, indices in alike.items():
         several = [[tensors[i] for i in indices] for tensors in (weights, us, vs)]
